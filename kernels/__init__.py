@@ -1,0 +1,7 @@
+"""Operators of the backbones: a plain reference, a fast PyTorch form and Triton kernels behind one function each."""
+
+from visionattn.kernels._dispatch import BackendError, get_backend, set_backend, use_backend
+from visionattn.kernels.depthwise import depthwise_conv2d
+from visionattn.kernels.gated_pointwise import gated_pointwise
+
+__all__ = ["BackendError", "depthwise_conv2d", "gated_pointwise", "get_backend", "set_backend", "use_backend"]
