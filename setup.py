@@ -6,9 +6,5 @@ MAPPED = ("backbones", "kernels", "configs", "weights")
 
 setup(
     packages=find_packages(include=["visionattn", "visionattn.*"])
-    + [
-        f"visionattn.{name}"
-        for top in MAPPED
-        for name in (top, *(f"{top}.{child}" for child in find_packages(top)))
-    ]
+    + [f"visionattn.{name}" for top in MAPPED for name in (top, *(f"{top}.{child}" for child in find_packages(top)))]
 )

@@ -1,0 +1,47 @@
+# Every target sets up what it needs: `make demo` and `make test` work on a clean clone.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test slow check format gpu bench clean
+
+help:  ## List the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
+
+install: $(VENV)/.installed  ## Make the virtual environment with everything in it
+
+$(VENV)/.installed: pyproject.toml setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "visionattn needs Python 3.11 or newer, this is %s; name another one: make PYTHON=python3.12" % sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+demo: install  ## Train a small VAN on handwritten digits, draw what it learned
+	$(BIN)/python -m visionattn.train.demo
+
+test: install  ## Run the default test suite
+	$(BIN)/python -m pytest
+
+slow: install  ## Run the tests that take minutes
+	$(BIN)/python -m pytest -m slow
+
+check: install  ## Lint, check the formatting, run the default tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+format: install  ## Format the code and fix what ruff can fix
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+gpu:  ## GPU tests and benchmark with the Python that is there: nothing is installed
+	$(PYTHON) -m pytest -m gpu tests
+	$(PYTHON) -m visionattn.benchmark gpu --out docs/benchmarks
+
+bench: install  ## VAN on this machine's CPU beside its plain composition
+	$(BIN)/python -m visionattn.benchmark models van_b0 van_b2
+
+clean:  ## Remove the environment and what runs left behind
+	rm -rf $(VENV) build dist *.egg-info runs .pytest_cache .ruff_cache

@@ -1,0 +1,385 @@
+"""What timm, torch and their clients may ask of any model, asked of every model: one row in ``SMALL`` a family.
+
+Structure is checked for every registered name on the meta device; behaviour on a small configuration of each family.
+"""
+
+import copy
+import pickle
+import subprocess
+import sys
+import warnings
+
+import pytest
+import timm
+import torch
+from timm.models import group_parameters, save_for_hf
+from timm.optim import create_optimizer_v2
+
+import visionattn
+
+# One registered name of each family, with arguments that make it small without changing its kind.
+SMALL = {
+    "van_b0": dict(embed_dims=(8, 12, 16, 20), depths=(1, 1, 2, 1), mlp_ratios=(2, 2, 2, 2), drop_path_rate=0.1),
+}
+SIZE = 64
+
+
+def small(name: str, **kwargs):
+    return timm.create_model(name, **{"num_classes": 5, **SMALL[name], **kwargs})
+
+
+def images(*size: int, batch: int = 2, chans: int = 3) -> torch.Tensor:
+    return torch.randn(batch, chans, *(size or (SIZE, SIZE)))
+
+
+every_model = pytest.mark.parametrize("name", visionattn.list_models())
+each_family = pytest.mark.parametrize("name", SMALL)
+
+
+def test_every_module_has_a_small_configuration():
+    covered = {timm.model_entrypoint(name).__module__ for name in SMALL}
+    assert covered == {timm.model_entrypoint(name).__module__ for name in visionattn.list_models()}
+
+
+def test_registering_overwrites_no_model_of_timm():
+    # In a fresh process, since registration happens once.
+    code = "import warnings, timm; warnings.simplefilter('error'); import visionattn"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- every registered name, on the meta device -----------------------------------------------------------------------
+
+
+@every_model
+def test_builds_on_the_meta_device_by_argument_and_by_context(name):
+    by_argument = timm.create_model(name, device="meta", dtype=torch.bfloat16)
+    with torch.device("meta"):
+        by_context = timm.create_model(name)
+    for model in (by_argument, by_context):
+        assert all(t.is_meta for t in [*model.parameters(), *model.buffers()])
+    assert all(p.dtype == torch.bfloat16 for p in by_argument.parameters())
+
+
+@every_model
+def test_cfg_describes_the_model(name):
+    model = timm.create_model(name, device="meta").eval()
+    cfg = model.pretrained_cfg
+    state = model.state_dict()
+    assert cfg["first_conv"] + ".weight" in state and cfg["classifier"] + ".weight" in state
+    assert state[cfg["classifier"] + ".weight"].shape[0] == cfg["num_classes"] == model.num_classes
+    assert cfg["license"] and cfg["paper_ids"] and cfg["origin_url"]
+    features = model.forward_features(torch.empty(1, *cfg["input_size"], device="meta"))
+    assert features.shape[1] == model.num_features and features.shape[2:] == cfg["pool_size"]
+
+
+@every_model
+def test_unknown_argument_raises(name):
+    with pytest.raises(TypeError, match="not_an_argument"):
+        timm.create_model(name, device="meta", not_an_argument=1)
+
+
+@every_model
+def test_feature_info_names_real_modules(name):
+    model = timm.create_model(name, device="meta")
+    for info in model.feature_info:
+        assert model.get_submodule(info["module"]) is not None
+    reductions = [info["reduction"] for info in model.feature_info]
+    assert reductions == sorted(reductions)
+
+
+@every_model
+def test_depth_groups_and_decay_exemptions_match_parameters(name):
+    model = timm.create_model(name, device="meta")
+    groups = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+    assert groups.keys() == dict(model.named_parameters()).keys()
+    assert groups[model.pretrained_cfg["first_conv"] + ".weight"] == 0
+    assert groups[model.pretrained_cfg["classifier"] + ".weight"] == max(groups.values())
+    assert len(set(groups.values())) > len(model.feature_info)
+    coarse = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
+    assert 1 < len(set(coarse.values())) < len(set(groups.values()))
+    assert model.no_weight_decay() <= dict(model.named_parameters()).keys()
+
+
+# --- a small model of each family, for real --------------------------------------------------------------------------
+
+
+@each_family
+def test_forward_is_head_of_features(name):
+    model = small(name).eval()
+    x = images()
+    features = model.forward_features(x)
+    assert features.shape == (2, model.num_features, SIZE // 32, SIZE // 32)
+    torch.testing.assert_close(model(x), model.forward_head(features))
+    assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)
+
+
+@each_family
+def test_every_parameter_gets_a_gradient(name):
+    model = small(name, drop_path_rate=0.0).train()
+    model(images()).square().sum().backward()
+    missing = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert not missing
+
+
+@each_family
+@pytest.mark.parametrize("size", [(33, 70), (96, 64), (224, 32), (31, 31)])
+def test_odd_and_oblong_images(name, size):
+    model = small(name).eval()
+    x = images(*size, batch=1)
+    maps = model.forward_intermediates(x, intermediates_only=True)
+    assert model(x).shape == (1, 5)
+    for y, info in zip(maps, model.feature_info, strict=True):
+        assert y.shape[1] == info["num_chs"]
+        assert all(0 <= n - s // info["reduction"] <= 1 for n, s in zip(y.shape[2:], size, strict=True))
+
+
+@each_family
+def test_an_image_gives_the_same_logits_alone_and_in_a_batch(name):
+    model = small(name).eval()
+    x = images(batch=3)
+    torch.testing.assert_close(model(x)[1:2], model(x[1:2]), rtol=1e-5, atol=1e-6)
+
+
+@each_family
+def test_layout_of_the_image_does_not_matter(name):
+    model = small(name).eval()
+    x = images()
+    view = torch.randn(2, SIZE, SIZE, 6)[..., ::2].permute(0, 3, 1, 2).copy_(x)
+    torch.testing.assert_close(model(x), model(x.contiguous(memory_format=torch.channels_last)))
+    torch.testing.assert_close(model(x), model(view))
+
+
+@each_family
+@pytest.mark.parametrize("chans", [1, 4])
+def test_in_chans(name, chans):
+    model = small(name, in_chans=chans).eval()
+    assert model.in_chans == chans
+    assert model(images(chans=chans)).shape == (2, 5)
+
+
+@each_family
+def test_without_classifier(name):
+    model = small(name, num_classes=0).eval()
+    assert model.num_classes == 0
+    assert model(images()).shape == (2, model.head_hidden_size)
+    unpooled = small(name, num_classes=0, global_pool="").eval()
+    assert unpooled(images()).shape == (2, model.num_features, SIZE // 32, SIZE // 32)
+
+
+@each_family
+def test_reset_classifier_keeps_pooling_device_dtype_mode_and_frozen_state(name):
+    model = small(name, dtype=torch.float64).eval()
+    model.reset_classifier(7)
+    assert model.get_classifier().weight.dtype == torch.float64
+    assert not any(m.training for m in model.modules())
+    assert model(images().double()).shape == (2, 7)
+    model.requires_grad_(False)
+    model.reset_classifier(3, "max")
+    assert not any(p.requires_grad for p in model.parameters())
+    assert model(images().double()).shape == (2, 3)
+    model.reset_classifier(0, "")
+    assert model(images().double()).ndim == 4
+
+
+@each_family
+@pytest.mark.parametrize("cls", ["list", "dict", "hook", "getter"])
+def test_features_only(name, cls):
+    model = small(name).eval()
+    net = small(name, features_only=True, feature_cls=cls, out_indices=(0, 1, 2, 3)).eval()
+    prefix = "model." if cls == "getter" else ""
+    state = {prefix + k if prefix else k: v for k, v in model.state_dict().items()}
+    if cls in ("list", "dict"):
+        state = {k.replace("stages.", "stages_", 1): v for k, v in state.items()}
+    missing, _ = net.load_state_dict(state, strict=False)
+    assert not missing
+    x = images(70, 96)
+    maps = net(x)
+    maps = list(maps.values()) if isinstance(maps, dict) else maps
+    assert net.feature_info.channels() == [y.shape[1] for y in maps]
+    assert net.feature_info.reduction() == [4, 8, 16, 32]
+    for y, expected in zip(maps, model.forward_intermediates(x, intermediates_only=True), strict=True):
+        torch.testing.assert_close(y, expected)
+
+
+@each_family
+def test_features_only_picks_its_indices(name):
+    net = small(name, features_only=True, out_indices=(1, -1)).eval()
+    assert [y.shape[1] for y in net(images())] == net.feature_info.channels()
+    assert net.feature_info.reduction() == [8, 32]
+    assert small(name, features_only=True, out_indices=2)(images())[0].shape[2] == SIZE // 16
+
+
+@each_family
+def test_features_only_trains_with_gradient_checkpointing(name):
+    net = small(name, features_only=True, drop_path_rate=0.0)
+    net.set_grad_checkpointing()
+    sum(y.sum() for y in net(images())).backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+
+@each_family
+def test_intermediates(name):
+    model = small(name).eval()
+    x = images()
+    final, maps = model.forward_intermediates(x)
+    torch.testing.assert_close(final, model.forward_features(x))
+    last_two = model.forward_intermediates(x, indices=2, intermediates_only=True)
+    chosen = model.forward_intermediates(x, indices=[0, -2], stop_early=True, intermediates_only=True)
+    for actual, expected in zip([*last_two, *chosen], [maps[2], maps[3], maps[0], maps[2]], strict=True):
+        torch.testing.assert_close(actual, expected)
+    normed = model.forward_intermediates(x, indices=1, norm=True, intermediates_only=True)
+    torch.testing.assert_close(normed[0], final)
+    nhwc = model.forward_intermediates(x, output_fmt="NHWC", intermediates_only=True)
+    torch.testing.assert_close(nhwc[1], maps[1].permute(0, 2, 3, 1))
+    with pytest.raises(ValueError, match="NLC.*NCHW"):
+        model.forward_intermediates(x, output_fmt="NLC")
+
+
+@each_family
+@pytest.mark.parametrize("index", [0, 1, 2, 3])
+def test_pruned_network_keeps_its_maps_and_has_nothing_unused(name, index):
+    model = small(name, drop_path_rate=0.0).eval()
+    x = images()
+    expected = model.forward_intermediates(x, indices=[index], intermediates_only=True)[0]
+    pruned = copy.deepcopy(model)
+    assert pruned.prune_intermediate_layers([index]) == [index]
+    torch.testing.assert_close(pruned.forward_intermediates(x, indices=[index], intermediates_only=True)[0], expected)
+    assert pruned(x).shape[1] == pruned.num_features == model.feature_info[index]["num_chs"]
+    pruned.train()(x).sum().backward()
+    assert all(p.grad is not None for p in pruned.parameters())
+
+
+@each_family
+def test_gradient_checkpointing_changes_nothing(name):
+    model = small(name, drop_path_rate=0.0).train()
+    twin = copy.deepcopy(model)
+    twin.set_grad_checkpointing()
+    x = images()
+    model(x).square().sum().backward()
+    twin(x).square().sum().backward()
+    for (n, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, msg=n)
+
+
+@each_family
+def test_deepcopy_pickle_and_state_dict_round_trip(name):
+    model = small(name).eval()
+    x = images()
+    expected = model(x)
+    twin = small(name).eval()
+    twin.load_state_dict(model.state_dict())
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), twin):
+        torch.testing.assert_close(other(x), expected, rtol=0, atol=0)
+
+
+@each_family
+def test_usable_after_meta_construction(name):
+    torch.manual_seed(0)
+    model = small(name, device="meta").to_empty(device="cpu")
+    for tensor in [*model.parameters(), *model.buffers()]:
+        with torch.no_grad():
+            tensor.fill_(float("nan") if tensor.is_floating_point() else 0)
+    model.init_weights()
+    assert model.eval()(images()).isfinite().all()
+
+
+@each_family
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes(name, dtype):
+    model = small(name).eval()
+    expected = model(images())
+    output = model.to(dtype)(images().to(dtype))
+    assert output.dtype == dtype and output.shape == expected.shape and output.isfinite().all()
+
+
+@each_family
+def test_autocast_trains(name):
+    model = small(name).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(images())
+    output.float().square().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+@each_family
+def test_layer_decay_groups(name):
+    model = small(name)
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.05, layer_decay=0.5)
+    scales = {group["lr_scale"] for group in optimizer.param_groups}
+    assert len(scales) > 4 and max(scales) == 1.0
+    plain = [p for g in optimizer.param_groups if g["weight_decay"] == 0 for p in g["params"]]
+    assert len(plain) >= sum(p.ndim <= 1 for p in model.parameters())
+
+
+@each_family
+def test_compiles_as_one_graph_forward_and_backward(name):
+    model = small(name, drop_path_rate=0.0)
+    twin = copy.deepcopy(model)
+    x = images()
+    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+    model(x).square().sum().backward()
+    compiled(x).square().sum().backward()
+    for (n, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, msg=n, rtol=1e-4, atol=1e-4)
+
+
+@each_family
+@pytest.mark.slow
+def test_inductor_computes_the_same(name):
+    model = small(name).eval()
+    x = images(70, 64)
+    with torch.inference_mode():
+        torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@each_family
+def test_exports_for_any_batch_and_image_size(name):
+    model = small(name).eval()
+    dynamic = {"x": {0: torch.export.Dim("batch", min=2, max=8), 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}}
+    program = torch.export.export(model, (images(),), dynamic_shapes=dynamic)
+    assert not any("visionattn" in str(node.target) for node in program.graph.nodes)
+    for x in (images(), images(batch=3)):
+        torch.testing.assert_close(program.module()(x), model(x))
+
+
+@each_family
+def test_onnx_computes_the_same(name, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = small(name).eval()
+    x = images()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(model, (x,), tmp_path / "model.onnx", dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(output), model(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+@each_family
+def test_torchscript(name):
+    with timm.layers.set_scriptable(True):
+        model = small(name, scriptable=True).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated, timm's clients still use it
+        scripted = torch.jit.script(model)
+    x = images()
+    torch.testing.assert_close(scripted(x), model(x))
+
+
+@each_family
+def test_saved_folder_opens_again(name, tmp_path):
+    model = small(name).eval()
+    save_for_hf(model, tmp_path, model_args={k: v for k, v in SMALL[name].items()}, safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    x = images()
+    torch.testing.assert_close(again(x), model(x))
+
+
+@each_family
+def test_wrong_checkpoint_is_refused(name, tmp_path):
+    state = small(name).state_dict()
+    state.pop(next(iter(state)))
+    torch.save(state, tmp_path / "partial.pth")
+    overlay = dict(file=str(tmp_path / "partial.pth"), num_classes=5)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        small(name, pretrained=True, pretrained_cfg_overlay=overlay)

@@ -1,0 +1,75 @@
+"""Every model computes what its authors' code computed: one row a fixture."""
+
+from dataclasses import dataclass, field
+
+import pytest
+import timm
+import torch
+
+import visionattn  # noqa: F401
+from tests.parity import fixture_image, fixture_weights, load_fixture, relative_error
+
+
+@dataclass
+class Case:
+    """A recorded model: fixture, timm name, bound on the relative error, and which module makes which recorded map."""
+
+    fixture: str
+    name: str
+    tolerance: float
+    maps: dict[str, str] = field(default_factory=dict)
+    kwargs: dict = field(default_factory=dict)
+
+
+VAN_MAPS = {"patch_embed1": "stem", "pooled": "head.global_pool", "stage4_before_norm": "stages.3.blocks"} | {
+    f"stage{i + 1}": f"stages.{i}" for i in range(4)
+}
+CASES = [
+    # 1e-6 tells a wrong norm eps (2.5e-6) from rounding (4e-7).
+    Case("van/van_b0", "van_b0", 1e-6, VAN_MAPS),
+    Case("van/van_b2", "van_b2", 1e-6, VAN_MAPS),
+]
+# Maps carry 256 samples each, so their error scatters more than that of the whole output.
+MAP_TOLERANCE = 2e-6
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.fixture)
+def run(request, tmp_path_factory):
+    """The fixture's weights through the path a download takes, the model's output and recorded maps."""
+    case = request.param
+    fixture = load_fixture(case.fixture)
+    file = tmp_path_factory.mktemp("release") / "checkpoint.pth"
+    torch.save({"state_dict": fixture_weights(fixture)}, file)
+    model = timm.create_model(
+        case.name, pretrained=True, pretrained_cfg_overlay=dict(file=str(file)), **case.kwargs
+    ).eval()
+    maps = {}
+    for label, path in case.maps.items():
+        model.get_submodule(path).register_forward_hook(lambda _m, _x, y, label=label: maps.__setitem__(label, y))
+    with torch.inference_mode():
+        output = model(fixture_image(fixture))
+    return case, fixture, model, output, maps
+
+
+def test_output_equals_the_authors(run):
+    case, fixture, _, output, _ = run
+    expected = torch.tensor(fixture["output"]["values"])
+    assert output.shape == tuple(fixture["output"]["shape"])
+    assert relative_error(output, expected) < case.tolerance
+
+
+def test_intermediate_maps_equal_the_authors(run):
+    case, fixture, _, _, maps = run
+    recorded = {feature["label"]: feature for feature in fixture["features"]}
+    for label in case.maps:
+        expected = recorded[label]
+        actual = maps[label]
+        assert list(actual.shape) == expected["shape"], label
+        sample = actual.reshape(-1)[torch.tensor(expected["index"])]
+        assert relative_error(sample, torch.tensor(expected["value"])) < MAP_TOLERANCE, label
+        assert actual.mean().item() == pytest.approx(expected["mean"], abs=1e-5), label
+
+
+def test_parameter_count_equals_the_authors(run):
+    _, fixture, model, _, _ = run
+    assert sum(p.numel() for p in model.parameters()) == fixture["n_params"]

@@ -1,0 +1,44 @@
+"""Large kernel attention: a 19x19 depthwise receptive field, mixed across channels, gates its own input."""
+
+import torch
+from timm.layers import is_exportable, is_scriptable, register_notrace_function
+from torch import Tensor, nn
+
+from visionattn.kernels import depthwise_conv2d, gated_pointwise
+
+__all__ = ["LargeKernelAttention"]
+
+# FX tracing sees each operator as one call: which backend runs depends on the tensor it gets.
+register_notrace_function(depthwise_conv2d)
+register_notrace_function(gated_pointwise)
+
+
+class LargeKernelAttention(nn.Module):
+    """``u * conv1(conv_spatial(conv0(u)))``: depthwise 5x5, depthwise 7x7 with dilation 3, 1x1 (VAN, arXiv 2202.09741).
+
+    The second convolution pads the *result* of the first with zeros, so near borders the pair differs from one
+    23x23 convolution.
+
+    Args:
+        dim: Channels of the map. [B, dim, H, W] in and out.
+    """
+
+    def __init__(self, dim: int, device=None, dtype=None) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.plain = is_exportable() or is_scriptable()  # timm's switches: layers built under them use plain modules
+        self.conv0 = nn.Conv2d(dim, dim, 5, padding=2, groups=dim, **dd)
+        self.conv_spatial = nn.Conv2d(dim, dim, 7, padding=9, dilation=3, groups=dim, **dd)
+        self.conv1 = nn.Conv2d(dim, dim, 1, **dd)
+
+    def forward(self, u: Tensor) -> Tensor:
+        if torch.jit.is_scripting() or self.plain:
+            return u * self.conv1(self.conv_spatial(self.conv0(u)))
+        else:
+            return self._fused(u)
+
+    @torch.jit.unused
+    def _fused(self, u: Tensor) -> Tensor:
+        a = depthwise_conv2d(u, self.conv0.weight, self.conv0.bias)
+        a = depthwise_conv2d(a, self.conv_spatial.weight, self.conv_spatial.bias, dilation=3)
+        return gated_pointwise(a, self.conv1.weight, self.conv1.bias, u)
