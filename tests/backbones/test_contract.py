@@ -186,10 +186,8 @@ def test_reset_classifier_keeps_pooling_device_dtype_mode_and_frozen_state(name)
 def test_features_only(name, cls):
     model = small(name).eval()
     net = small(name, features_only=True, feature_cls=cls, out_indices=(0, 1, 2, 3)).eval()
-    prefix = "model." if cls == "getter" else ""
-    state = {prefix + k if prefix else k: v for k, v in model.state_dict().items()}
-    if cls in ("list", "dict"):
-        state = {k.replace("stages.", "stages_", 1): v for k, v in state.items()}
+    old, new = ("", "model.") if cls == "getter" else ("stages.", "stages_")  # how the wrappers rename parameters
+    state = {k.replace(old, new, 1): v for k, v in model.state_dict().items()}
     missing, _ = net.load_state_dict(state, strict=False)
     assert not missing
     x = images(70, 96)
