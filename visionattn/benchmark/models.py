@@ -1,0 +1,147 @@
+"""Whole models to measure: the library's against a plain composition of the same modules, and timm's beside them.
+
+A candidate is written ``network[+channels_last][+compile]``, where the network is ``plain``, ``ours`` or the name of
+any timm model, which is then measured on the same images but not compared.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import timm
+import torch
+from timm.models import get_pretrained_cfg, model_entrypoint
+from torch import Tensor, nn
+
+from visionattn.benchmark import plain_van
+from visionattn.benchmark.ops import parse_candidate
+from visionattn.benchmark.runner import Candidate, Case, Workload
+
+__all__ = ["PLAIN", "DEFAULT_CANDIDATES", "model_case", "plain_and_ours"]
+
+DEFAULT_CANDIDATES = ("plain", "ours", "ours+compile")
+
+# Family (the module in visionattn.backbones) -> network in the authors' manner, by model name. Its state dict has the
+# authors' names, so the family's checkpoint_filter_fn carries the weights over to ours.
+PLAIN: dict[str, Callable[[str], nn.Module]] = {"van": plain_van.build}
+
+
+def randomize_(model: nn.Module) -> nn.Module:
+    """Move norms, biases, layer scales and running statistics off their neutral initial values, so that every one of
+    them shows in the output. Fixed seed; changes the model in place and returns it."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in [p for p in model.parameters() if p.dim() == 1]:
+            tensor.add_(torch.randn(tensor.shape, generator=generator), alpha=0.05)
+        for name, tensor in model.named_buffers():
+            if name.endswith("running_mean"):
+                tensor.add_(torch.randn(tensor.shape, generator=generator), alpha=0.05)
+            elif name.endswith("running_var"):
+                tensor.mul_(torch.rand(tensor.shape, generator=generator) * 0.5 + 0.75)
+    return model
+
+
+def _filter_fn(name: str) -> Callable[[dict, nn.Module], dict]:
+    return sys.modules[model_entrypoint(name).__module__].checkpoint_filter_fn
+
+
+def _names_of_ours(name: str, grads: dict[str, Tensor]) -> dict[str, Tensor]:
+    with torch.device("meta"):
+        ours = timm.create_model(name)
+    return _filter_fn(name)(grads, ours)
+
+
+def _create(name: str, img_size: int) -> nn.Module:
+    """A timm model for the image size; models that take any size have no ``img_size`` argument."""
+    cfg = get_pretrained_cfg(name)
+    if cfg is None or cfg.input_size[-1] == img_size:
+        return timm.create_model(name)
+    try:
+        return timm.create_model(name, img_size=img_size)
+    except TypeError:
+        return timm.create_model(name)
+
+
+def plain_and_ours(name: str, img_size: int = 224) -> tuple[nn.Module, nn.Module]:
+    """The plain network of a model and the library's own with the same random weights."""
+    family = model_entrypoint(name).__module__.rpartition(".")[2]
+    if family not in PLAIN:
+        raise ValueError(f"no plain network is registered for {name!r}; families that have one: {', '.join(PLAIN)}")
+    torch.manual_seed(0)
+    plain = randomize_(PLAIN[family](name.split(".")[0]))
+    ours = _create(name, img_size)
+    ours.load_state_dict(_filter_fn(name)(plain.state_dict(), ours))
+    return plain, ours
+
+
+def _network(name: str, who: str, img_size: int) -> nn.Module:
+    if who == "plain":
+        return plain_and_ours(name, img_size)[0]
+    if who == "ours":
+        try:
+            return plain_and_ours(name, img_size)[1]
+        except ValueError:  # no counterpart to share weights with
+            pass
+    torch.manual_seed(0)
+    return _create(name if who == "ours" else who, img_size)
+
+
+def _gradients(model: nn.Module, rename: Callable[[dict], dict]) -> list[Tensor]:
+    """All weight gradients as one vector. Single ones may be zero but for rounding (a bias before a norm)."""
+    grads = {key: p.grad.detach() for key, p in model.named_parameters()}
+    return [torch.cat([g.flatten() for _, g in sorted(rename(grads).items())])]
+
+
+def _workload(
+    name: str,
+    candidate: str,
+    shape: tuple[int, int, int, int],
+    device: torch.device,
+    dtype: torch.dtype,
+    amp: bool,
+    mode: str,
+) -> Workload:
+    who, channels_last, compiled = parse_candidate(candidate)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    model = _network(name, who, shape[-1]).train(mode == "train")
+    model = model.to(device=device, dtype=torch.float32 if amp else dtype)
+    if channels_last:
+        model = model.to(memory_format=layout)
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    images = images.to(device=device, dtype=torch.float32 if amp else dtype).contiguous(memory_format=layout)
+    network = torch.compile(model, dynamic=False) if compiled else model
+
+    def under_amp(function: nn.Module, x: Tensor) -> Tensor:
+        with torch.autocast(device.type, dtype=dtype):
+            return function(x)
+
+    rename = partial(_names_of_ours, name) if who == "plain" else dict
+    return Workload(
+        run=partial(under_amp, network) if amp else network,
+        inputs=(images,),
+        leaves=tuple(model.parameters()),
+        gradients=lambda: _gradients(model, rename),
+        eager=partial(under_amp, model) if amp else model,
+        items=shape[0],
+        comparable=who in ("plain", "ours"),
+    )
+
+
+def model_case(
+    name: str,
+    img_size: int,
+    batch: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    candidates: Sequence[str] = DEFAULT_CANDIDATES,
+    amp: bool = False,
+) -> Case:
+    """The case of a model at one image size."""
+    cfg = get_pretrained_cfg(name)
+    shape = (batch, cfg.input_size[0] if cfg else 3, img_size, img_size)
+    return Case(
+        name=name,
+        shape="x".join(map(str, shape)),
+        candidates=[Candidate(c, partial(_workload, name, c, shape, device, dtype, amp)) for c in candidates],
+        unit="image",
+    )

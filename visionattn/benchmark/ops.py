@@ -1,0 +1,226 @@
+"""Operators to measure. A new one is a decorated function that makes inputs and names the functions to compare.
+
+A candidate is written ``function[+channels_last][+compile]``: a name from ``OpCase.functions``, run on inputs converted
+to channels_last, through ``torch.compile``. Any such combination can be asked for on the command line.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from visionattn.benchmark.runner import Candidate, Case, Workload
+from visionattn.kernels import depthwise_conv2d, gated_pointwise
+
+__all__ = ["OPS", "SIZE_SETS", "OpBenchmark", "OpCase", "Size", "op_benchmark", "op_case", "parse_candidate"]
+
+MODIFIERS = ("channels_last", "compile")
+
+
+@dataclass(frozen=True)
+class Size:
+    """A feature map: height, width, channels. Token counts and heads follow from it."""
+
+    height: int
+    width: int
+    channels: int
+
+    def __str__(self) -> str:
+        return f"{self.height}x{self.width}x{self.channels}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Size":
+        """Read ``HxWxC``, such as ``56x56x64``."""
+        parts = text.lower().split("x")
+        if len(parts) != 3 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+            raise ValueError(f"size {text!r} is not of the form HEIGHTxWIDTHxCHANNELS, such as 56x56x64")
+        return cls(*map(int, parts))
+
+
+def _sizes(text: str) -> tuple[Size, ...]:
+    return tuple(Size.parse(part) for part in text.split())
+
+
+SIZE_SETS = {
+    "van_b0": _sizes("56x56x32 28x28x64 14x14x160 7x7x256"),
+    "van_b2": _sizes("56x56x64 28x28x128 14x14x320 7x7x512"),
+    "large": _sizes("112x112x64"),
+}
+
+
+@dataclass(frozen=True)
+class OpCase:
+    """An operator's inputs at one size, and the functions of them to compare.
+
+    Attributes:
+        inputs: Positional arguments of every function; floating-point ones get gradients in training mode.
+        functions: By name; the first is the baseline unless the user names another.
+    """
+
+    inputs: tuple[Tensor, ...]
+    functions: dict[str, Callable[..., Tensor]]
+
+
+@dataclass(frozen=True)
+class OpBenchmark:
+    """A registered operator: how to make its case, and what is measured when nothing else is asked for."""
+
+    name: str
+    summary: str
+    build: Callable[[int, Size, Callable[..., Tensor]], OpCase]
+    size_set: str
+    candidates: tuple[str, ...]
+
+    def functions(self) -> list[str]:
+        """Names of the functions it compares."""
+        size = SIZE_SETS[self.size_set][0]
+        return list(self.build(1, size, lambda *shape, scale=1.0: torch.empty(shape, device="meta")).functions)
+
+
+OPS: dict[str, OpBenchmark] = {}
+DEFAULT_CANDIDATES = (
+    "reference",
+    "reference+channels_last",
+    "torch+channels_last",
+    "triton+channels_last",
+    "reference+compile",
+    "reference+channels_last+compile",
+)
+
+
+def op_benchmark(name: str, size_set: str = "van_b2", candidates: Sequence[str] = DEFAULT_CANDIDATES):
+    """Register ``build(batch, size, rand) -> OpCase`` under a name; the first line of its docstring describes it.
+
+    Args:
+        name: What the user types.
+        size_set: Key of ``SIZE_SETS`` with the sizes measured by default.
+        candidates: Measured by default.
+    """
+
+    def register(build: Callable[[int, Size, Callable[..., Tensor]], OpCase]):
+        summary = (build.__doc__ or "").strip().splitlines()[0]
+        OPS[name] = OpBenchmark(name, summary, build, size_set, tuple(candidates))
+        return build
+
+    return register
+
+
+def parse_candidate(text: str) -> tuple[str, bool, bool]:
+    """Split ``name+channels_last+compile`` into the name and the two switches."""
+    name, *modifiers = text.split("+")
+    for modifier in modifiers:
+        if modifier not in MODIFIERS:
+            raise ValueError(f"candidate {text!r}: unknown modifier {modifier!r}; allowed are {', '.join(MODIFIERS)}")
+    return name, "channels_last" in modifiers, "compile" in modifiers
+
+
+def _workload(
+    op: OpBenchmark, size: Size, batch: int, device: torch.device, dtype: torch.dtype, candidate: str, mode: str
+) -> Workload:
+    generator = torch.Generator(device).manual_seed(0)  # the same inputs for all candidates
+
+    def rand(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=generator, device=device) * scale).to(dtype)
+
+    case = op.build(batch, size, rand)
+    name, channels_last, compiled = parse_candidate(candidate)
+    if name not in case.functions:
+        raise ValueError(f"{op.name} has no candidate {name!r}; it has {', '.join(case.functions)}")
+    if channels_last and not any(t.dim() == 4 for t in case.inputs):
+        raise ValueError("channels_last needs an input [B, C, H, W]")
+    function = case.functions[name]
+    inputs = []
+    for tensor in case.inputs:
+        if channels_last and tensor.dim() == 4:
+            tensor = tensor.contiguous(memory_format=torch.channels_last)
+        inputs.append(tensor.requires_grad_(mode == "train" and tensor.is_floating_point()))
+    leaves = tuple(t for t in inputs if t.requires_grad)
+    return Workload(
+        run=torch.compile(function, dynamic=False) if compiled else function,
+        inputs=tuple(inputs),
+        leaves=leaves,
+        gradients=lambda: [leaf.grad for leaf in leaves],
+        eager=function,
+    )
+
+
+def op_case(
+    op: OpBenchmark,
+    size: Size,
+    batch: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    candidates: Sequence[str] | None = None,
+) -> Case:
+    """The case of an operator at one size."""
+    return Case(
+        name=op.name,
+        shape=f"{batch}x{size}",
+        candidates=[
+            Candidate(name, partial(_workload, op, size, batch, device, dtype, name))
+            for name in candidates or op.candidates
+        ],
+    )
+
+
+def _by_backend(function: Callable[..., Tensor]) -> dict[str, Callable[..., Tensor]]:
+    """The three backends of a function that takes ``backend=``."""
+    return {name: partial(function, backend=name) for name in ("reference", "torch", "triton")}
+
+
+def _depthwise(batch: int, size: Size, rand: Callable[..., Tensor], kernel: int, dilation: int) -> OpCase:
+    channels = size.channels
+    return OpCase(
+        inputs=(
+            rand(batch, channels, size.height, size.width),
+            rand(channels, 1, kernel, kernel, scale=1 / kernel),
+            rand(channels),
+        ),
+        functions=_by_backend(partial(depthwise_conv2d, dilation=dilation)),
+    )
+
+
+@op_benchmark("depthwise5")
+def depthwise5(batch: int, size: Size, rand: Callable[..., Tensor]) -> OpCase:
+    """Depthwise 5x5 with bias, LKA's first."""
+    return _depthwise(batch, size, rand, kernel=5, dilation=1)
+
+
+@op_benchmark("depthwise7d3")
+def depthwise7d3(batch: int, size: Size, rand: Callable[..., Tensor]) -> OpCase:
+    """Depthwise 7x7 with dilation 3 and bias, LKA's second."""
+    return _depthwise(batch, size, rand, kernel=7, dilation=3)
+
+
+@op_benchmark("gated_pointwise")
+def gated(batch: int, size: Size, rand: Callable[..., Tensor]) -> OpCase:
+    """1x1 convolution with bias, times a gate."""
+    channels = size.channels
+    shape = (batch, channels, size.height, size.width)
+    return OpCase(
+        inputs=(rand(*shape), rand(channels, channels, 1, 1, scale=channels**-0.5), rand(channels), rand(*shape)),
+        functions=_by_backend(gated_pointwise),
+    )
+
+
+def _lka(u: Tensor, w0: Tensor, b0: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, backend: str) -> Tensor:
+    a = depthwise_conv2d(u, w0, b0, backend=backend)
+    a = depthwise_conv2d(a, w1, b1, dilation=3, backend=backend)
+    return gated_pointwise(a, w2, b2, u, backend=backend)
+
+
+@op_benchmark("lka")
+def lka(batch: int, size: Size, rand: Callable[..., Tensor]) -> OpCase:
+    """Large kernel attention, the three above in a row: u * PW(DW7d3(DW5(u)))."""
+    channels = size.channels
+    return OpCase(
+        inputs=(
+            rand(batch, channels, size.height, size.width),
+            *(rand(channels, 1, 5, 5, scale=1 / 5), rand(channels)),
+            *(rand(channels, 1, 7, 7, scale=1 / 7), rand(channels)),
+            *(rand(channels, channels, 1, 1, scale=channels**-0.5), rand(channels)),
+        ),
+        functions=_by_backend(_lka),
+    )
