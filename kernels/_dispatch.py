@@ -19,6 +19,8 @@ from visionattn.kernels import _triton
 BACKENDS = ("triton", "torch", "reference")
 ENVIRONMENT_VARIABLE = "VISIONATTN_BACKEND"
 
+_TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
 _setting: str | None = None
 
 
@@ -98,12 +100,42 @@ def exporting() -> bool:
 
 
 def autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Cast to the autocast dtype of ``x``'s device as a convolution does; return everything as it is outside autocast."""
+    """Under autocast, cast to the autocast dtype as a convolution does."""
     device = x.device.type
     if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
         return x, *others
     dtype = torch.get_autocast_dtype(device)
     return tuple(None if t is None else t.to(dtype) for t in (x, *others))
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """channels_last if the channels of ``x`` lie side by side, else contiguous: the format a convolution returns."""
+    return torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
+
+
+def unsupported(x: Tensor) -> str | None:
+    """What of a map no Triton kernel covers, ``None`` if they cover it."""
+    if x.dtype not in _TRITON_DTYPES:
+        return f"the dtype is {x.dtype}, the kernels cover {', '.join(map(str, _TRITON_DTYPES))}"
+    if x.shape[0] * x.shape[2] * x.shape[3] >= 2**31:
+        return "the kernels count positions in 32 bits, the map has 2**31 or more"
+    return None
+
+
+def check_same(x: Tensor, **others: Tensor | None) -> None:
+    """Check that tensors are where ``x`` is and, except under autocast, of its dtype.
+
+    Raises:
+        ValueError: Naming the tensor that is not.
+    """
+    cast = torch.is_autocast_enabled(x.device.type)
+    for name, tensor in others.items():
+        if tensor is None:
+            continue
+        if tensor.device != x.device:
+            raise ValueError(f"{name} must be on {x.device} as x is, got {tensor.device}")
+        if tensor.dtype != x.dtype and not cast:
+            raise ValueError(f"{name} must be {x.dtype} as x is, got {tensor.dtype}")
 
 
 def _checked(name: str, source: str) -> str:

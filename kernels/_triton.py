@@ -37,36 +37,32 @@ class _Language:
 tl = _Language()
 
 
-class _Lazy:
-    """A function that becomes a Triton kernel when it is first launched or asked for."""
+class _LazyKernel:
+    """A function that becomes a Triton kernel when it is first launched."""
 
     def __init__(self, fn: Callable):
         self.fn = fn
         functools.update_wrapper(self, fn)
 
     def __getitem__(self, grid):
-        return self.kernel[grid]
-
-    @property
-    def kernel(self):
-        """The ``triton.JITFunction`` (the interpreted function under ``TRITON_INTERPRET=1``)."""
         scope = self.fn.__globals__
         if scope[self.fn.__name__] is self:
-            _compile_module(scope)
-        return scope[self.fn.__name__]
+            load_kernels(scope)
+        return scope[self.fn.__name__][grid]
 
 
-jit = _Lazy
+jit = _LazyKernel
 
 
-def _compile_module(scope: dict) -> None:
+def load_kernels(scope: dict) -> None:
+    """Import Triton and turn the stand-ins in the globals of a kernel file into the real things."""
     import triton
     import triton.language
 
     for name, value in list(scope.items()):
         if value is tl:
             scope[name] = triton.language
-        elif isinstance(value, _Lazy):
+        elif isinstance(value, _LazyKernel):
             scope[name] = triton.jit(value.fn)
 
 
@@ -92,3 +88,10 @@ def unavailable(device: torch.device) -> str | None:
             f"the tensors are on {device.type}, the kernels need a CUDA or ROCm device (or TRITON_INTERPRET=1 on cpu)"
         )
     return None
+
+
+def accumulator(dtype: torch.dtype):
+    """The type that kernels add up in: ``tl.float64`` for float64, else ``tl.float32``."""
+    import triton.language
+
+    return triton.language.float64 if dtype == torch.float64 else triton.language.float32

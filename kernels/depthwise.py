@@ -1,38 +1,337 @@
 """Depthwise convolution of a map, dilated or not. Shapes: B batch, C channels, H rows, W columns, K kernel side.
 
-    out[b, c, y, x] = bias[c] + sum_ij weight[c, 0, i, j] * x[b, c, y + (i - K//2) * dilation, x + (j - K//2) * dilation]
+    out[b, c, y, x] = bias[c] + sum_ij weight[c, i, j] * x[b, c, y + (i - K // 2) * d, x + (j - K // 2) * d]
 
-with zeros outside the map.
+for dilation d, with zeros outside the map.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from visionattn.kernels import _dispatch
+from visionattn.kernels import _dispatch, _triton
+from visionattn.kernels._triton import jit, tl
+
+TRITON_SIDES = (3, 5, 7)
+WEIGHT_GRAD_STEPS = 16
+_CHANNELS_LAST = torch.channels_last
 
 
 def depthwise_conv2d_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int = 1) -> Tensor:
     """PyTorch's own convolution. Arguments as in :func:`depthwise_conv2d`."""
-    padding = dilation * (weight.shape[-1] // 2)
+    padding = [dilation * (side // 2) for side in weight.shape[2:]]
     return F.conv2d(x, weight, bias, padding=padding, dilation=dilation, groups=weight.shape[0])
 
 
 def depthwise_conv2d_torch(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int = 1) -> Tensor:
-    """The fastest form known in plain PyTorch operators. Arguments as in :func:`depthwise_conv2d`."""
-    if dilation == 1 or x.device.type != "cpu" or _dispatch.exporting():
+    """The fastest form known in plain PyTorch operators. Arguments as in :func:`depthwise_conv2d`.
+
+    It differs from the reference on the CPU only, where oneDNN is fast for undilated depthwise convolutions in
+    channels_last and several times slower for any other, its weight gradients included.
+    """
+    if x.device.type != "cpu" or _dispatch.exporting():  # an exported graph holds one convolution node
         return depthwise_conv2d_reference(x, weight, bias, dilation)
-    channels_last = x.is_contiguous(memory_format=torch.channels_last)
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        out = _DepthwiseCPU.apply(x, weight, bias, dilation)
+    else:
+        out = _convolve_phases(x, weight, bias, dilation)
+    return out.contiguous(memory_format=_dispatch.memory_format(x))
+
+
+def _convolve_phases(x: Tensor, weight: Tensor, bias: Tensor | None, d: int) -> Tensor:
+    """Pixels d apart form d * d smaller maps, the phases, which a dilated kernel never mixes: convolve each undilated."""
+    if d == 1:
+        return depthwise_conv2d_reference(x, weight, bias)
+    return _merge(depthwise_conv2d_reference(_split(x, d), weight, bias), d, x.shape)
+
+
+def _split(x: Tensor, d: int) -> Tensor:
+    """Gather the phases of a map, padded with zeros to one size. [B, C, H, W] -> [B * d * d, C, H / d, W / d]"""
+    x = x.permute(0, 2, 3, 1)
+    if d == 1:
+        return x.contiguous().permute(0, 3, 1, 2)
+    B, H, W, C = x.shape
+    h, w = -(-H // d), -(-W // d)
+    x = F.pad(x, (0, 0, 0, w * d - W, 0, h * d - H))
+    x = x.reshape(B, h, d, w, d, C).permute(0, 2, 4, 1, 3, 5)  # B d d h w C
+    return x.reshape(B * d * d, h, w, C).permute(0, 3, 1, 2)
+
+
+def _merge(x: Tensor, d: int, shape: torch.Size) -> Tensor:
+    """Undo :func:`_split`, dropping the padding. [B * d * d, C, H / d, W / d] -> ``shape``, [B, C, H, W]"""
+    if d == 1:
+        return x
+    B, C, H, W = shape
+    h, w = x.shape[2:]
+    x = x.permute(0, 2, 3, 1).reshape(B, d, d, h, w, C).permute(0, 3, 1, 4, 2, 5)  # B h d w d C
+    return x.reshape(B, h * d, w * d, C)[:, :H, :W].permute(0, 3, 1, 2)
+
+
+class _DepthwiseCPU(torch.autograd.Function):
+    """The convolution by phases, with gradients made of operators that oneDNN runs fast."""
+
+    @staticmethod
+    def forward(x, weight, bias, dilation):
+        return _convolve_phases(x, weight, bias, dilation).contiguous(memory_format=_CHANNELS_LAST)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, _, ctx.dilation = inputs
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad_x = grad_weight = grad_bias = None
+        phases = _split(grad, ctx.dilation)
+        if ctx.needs_input_grad[0]:
+            grad_x = _merge(depthwise_conv2d_reference(phases, weight.flip(2, 3)), ctx.dilation, x.shape)
+        if ctx.needs_input_grad[1]:
+            grad_weight = _weight_grad(phases, _split(x, ctx.dilation), weight)
+        if ctx.needs_input_grad[2]:
+            grad_bias = phases.sum((0, 2, 3))
+        return grad_x, grad_weight, grad_bias, None
+
+
+def _weight_grad(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """Gradient of an undilated kernel, three of its columns at a time.
+
+    oneDNN's fast depthwise kernel for this gradient (jit_dw) takes kernels up to three columns wide and wants its
+    padding in the map; the whole 7x7 at once runs 2.4 to 5 times slower.
+    """
+    C, _, K, _ = weight.shape
+    W = x.shape[3]
+    x = F.pad(x, [K // 2] * 4)
+    columns = []
+    for first in range(0, K, 3):
+        width = min(3, K - first)
+        part, kernel = x[..., first : first + W + width - 1], weight[..., :width]
+        columns.append(
+            torch.ops.aten.convolution_backward(
+                grad, part, kernel, None, [1, 1], [0, 0], [1, 1], False, [0, 0], C, [False, True, False]
+            )[1]
+        )
+    return torch.cat(columns, 3)
+
+
+@jit
+def _run_start(run, runs_per_row, dilation, RUN: tl.constexpr):
+    """Split the index of a run, RUN outputs of one row that lie `dilation` apart, into map row and first column."""
+    row = run // runs_per_row
+    rest = run % runs_per_row
+    return row, rest // dilation * (RUN * dilation) + rest % dilation
+
+
+@jit
+def _depthwise_fwd(
+    x, weight, bias, out, n_runs, runs_per_row, C, H, W, dilation,
+    HAS_BIAS: tl.constexpr, K: tl.constexpr, RUN: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_R runs of BLOCK_C channels. A loaded pixel serves up to RUN outputs from registers. weight is [K * K, C]."""
+    run = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c_in = c < C
+    row, col = _run_start(run, runs_per_row, dilation, RUN)
+    y = row % H
+    total = ()
+    for _ in tl.static_range(RUN):
+        if HAS_BIAS:
+            total = total + (tl.zeros([BLOCK_R, BLOCK_C], ACC) + tl.load(bias + c, c_in, other=0.0).to(ACC)[None, :],)
+        else:
+            total = total + (tl.zeros([BLOCK_R, BLOCK_C], ACC),)
+    for i in range(K):
+        shift = (i - K // 2) * dilation
+        row_in = (run < n_runs) & (y + shift >= 0) & (y + shift < H)
+        line = x + (row + shift).to(tl.int64)[:, None] * W * C + c[None, :]
+        taps = ()
+        for j in tl.static_range(K):
+            taps = taps + (tl.load(weight + (i * K + j) * C + c, c_in, other=0.0).to(ACC)[None, :],)
+        for s in tl.static_range(RUN + K - 1):
+            at = col + (s - K // 2) * dilation
+            inside = (row_in & (at >= 0) & (at < W))[:, None] & c_in[None, :]
+            pixel = tl.load(line + (at * C)[:, None], inside, other=0.0).to(ACC)
+            sums = ()
+            for t in tl.static_range(RUN):
+                if s - t >= 0 and s - t < K:
+                    sums = sums + (total[t] + pixel * taps[s - t],)
+                else:
+                    sums = sums + (total[t],)
+            total = sums
+    line = out + row.to(tl.int64)[:, None] * W * C + c[None, :]
+    for t in tl.static_range(RUN):
+        at = col + t * dilation
+        inside = ((run < n_runs) & (at < W))[:, None] & c_in[None, :]
+        tl.store(line + (at * C)[:, None], total[t].to(out.dtype.element_ty), inside)
+
+
+@jit
+def _depthwise_bwd_weight(
+    grad, x, out, n_runs, runs_per_row, C, H, W, dilation,
+    K: tl.constexpr, RUN: tl.constexpr, STEPS: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """One kernel row's gradient over STEPS * BLOCK_R runs. out is [splits, K * K + 1, C], the bias gradient its last."""
+    split, i = tl.program_id(0), tl.program_id(1)
+    c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c_in = c < C
+    shift = (i - K // 2) * dilation
+    total = ()
+    for _ in tl.static_range(K):
+        total = total + (tl.zeros([BLOCK_R, BLOCK_C], ACC),)
+    total_bias = tl.zeros([BLOCK_R, BLOCK_C], ACC)
+    for step in range(STEPS):
+        run = (split * STEPS + step) * BLOCK_R + tl.arange(0, BLOCK_R)
+        row, col = _run_start(run, runs_per_row, dilation, RUN)
+        y = row % H
+        line = grad + row.to(tl.int64)[:, None] * W * C + c[None, :]
+        grads = ()
+        for t in tl.static_range(RUN):
+            at = col + t * dilation
+            inside = ((run < n_runs) & (at < W))[:, None] & c_in[None, :]
+            grads = grads + (tl.load(line + (at * C)[:, None], inside, other=0.0).to(ACC),)
+            total_bias += grads[t]
+        row_in = (run < n_runs) & (y + shift >= 0) & (y + shift < H)
+        line = x + (row + shift).to(tl.int64)[:, None] * W * C + c[None, :]
+        for s in tl.static_range(RUN + K - 1):
+            at = col + (s - K // 2) * dilation
+            inside = (row_in & (at >= 0) & (at < W))[:, None] & c_in[None, :]
+            pixel = tl.load(line + (at * C)[:, None], inside, other=0.0).to(ACC)
+            sums = ()
+            for j in tl.static_range(K):
+                if s - j >= 0 and s - j < RUN:
+                    sums = sums + (total[j] + pixel * grads[s - j],)
+                else:
+                    sums = sums + (total[j],)
+            total = sums
+    part = out + split.to(tl.int64) * (K * K + 1) * C + c
+    for j in tl.static_range(K):
+        tl.store(part + (i * K + j) * C, tl.sum(total[j], 0), c_in)
+    if i == 0:
+        tl.store(part + K * K * C, tl.sum(total_bias, 0), c_in)
+
+
+def launch_config(C: int, K: int, W: int, dilation: int, dtype: torch.dtype) -> dict[str, int]:
+    """Sizes of one launch. Few on purpose: each is compiled anew, and all of them ahead of time in the tests."""
+    # Loads of 16 bytes need strides divisible by 16; without them, or in float64, a tile of 1024 values spills.
+    wide = C % 16 == 0 and dtype.itemsize <= 4
+    channels = 64 if wide and C % 64 == 0 else 32
+    computed = {run: -(-W // (run * dilation)) * run for run in (4, 5)}  # columns per phase, some beyond the map
+    run = 4 if computed[4] <= computed[5] else 5
+    return {"K": K, "RUN": run, "BLOCK_R": (1024 if wide else 256) // channels, "BLOCK_C": channels, "num_warps": 4}
+
+
+def launch_configs(dtype: torch.dtype) -> list[tuple[int, dict[str, int]]]:
+    """Every result of :func:`launch_config` for a dtype, each with a channel count that leads to it."""
+    counts = (32, 64, 33) if dtype.itemsize <= 4 else (32,)
+    widths = (8, 5)  # a multiple of 4, a multiple of 5
+    return [(C, launch_config(C, K, W, 1, dtype)) for C in counts for K in TRITON_SIDES for W in widths]
+
+
+def _launch(x: Tensor, kernel_side: int, dilation: int) -> tuple[dict, tuple, int]:
+    """Keyword arguments, the size arguments shared by the kernels, and the number of runs, for a map ``x``."""
     B, C, H, W = x.shape
-    d, rows, cols = dilation, -(-H // dilation), -(-W // dilation)
-    x = F.pad(x, (0, cols * d - W, 0, rows * d - H)).permute(0, 2, 3, 1)
-    x = x.reshape(B, rows, d, cols, d, C).permute(0, 2, 4, 1, 3, 5).reshape(B * d * d, rows, cols, C)
-    x = depthwise_conv2d_reference(x.permute(0, 3, 1, 2), weight, bias).permute(0, 2, 3, 1)
-    x = x.reshape(B, d, d, rows, cols, C).permute(0, 3, 1, 4, 2, 5).reshape(B, rows * d, cols * d, C)
-    x = x[:, :H, :W].permute(0, 3, 1, 2)
-    return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    config = launch_config(C, kernel_side, W, dilation, x.dtype)
+    runs_per_row = -(-W // (config["RUN"] * dilation)) * dilation
+    config["ACC"] = _triton.accumulator(x.dtype)
+    return config, (B * H * runs_per_row, runs_per_row, C, H, W, dilation), -(-C // config["BLOCK_C"])
+
+
+@torch.library.custom_op("visionattn::depthwise_conv2d", mutates_args=())
+def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
+    """x in channels_last."""
+    out = torch.empty_like(x, memory_format=_CHANNELS_LAST)
+    if x.numel() == 0:
+        return out
+    K = weight.shape[-1]
+    config, sizes, c_blocks = _launch(x, K, dilation)
+    taps = weight.reshape(-1, K * K).t().contiguous()  # neighbouring channels side by side, as in the map
+    grid = (-(-sizes[0] // config["BLOCK_R"]), c_blocks)
+    _depthwise_fwd[grid](x, taps, taps if bias is None else bias, out, *sizes, HAS_BIAS=bias is not None, **config)
+    return out
+
+
+@_depthwise.register_fake
+def _(x, weight, bias, dilation):
+    return torch.empty_like(x, memory_format=_CHANNELS_LAST)
+
+
+@torch.library.custom_op("visionattn::depthwise_conv2d_weight_grad", mutates_args=())
+def _depthwise_weight_grad(grad: Tensor, x: Tensor, kernel_side: int, dilation: int) -> tuple[Tensor, Tensor]:
+    """Gradients of weight and bias; grad and x in channels_last. Partial sums first, then their sum: no atomics."""
+    K, C = kernel_side, x.shape[1]
+    if x.numel() == 0:
+        return x.new_zeros(C, 1, K, K), x.new_zeros(C)
+    config, sizes, c_blocks = _launch(x, K, dilation)
+    config["STEPS"] = WEIGHT_GRAD_STEPS
+    splits = -(-sizes[0] // (config["BLOCK_R"] * WEIGHT_GRAD_STEPS))
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    parts = torch.empty(splits, K * K + 1, C, device=x.device, dtype=dtype)
+    _depthwise_bwd_weight[(splits, K, c_blocks)](grad, x, parts, *sizes, **config)
+    total = parts.sum(0).to(x.dtype)
+    return total[:-1].t().reshape(C, 1, K, K).contiguous(), total[-1].clone()
+
+
+@_depthwise_weight_grad.register_fake
+def _(grad, x, kernel_side, dilation):
+    return x.new_empty(x.shape[1], 1, kernel_side, kernel_side), x.new_empty(x.shape[1])
+
+
+def _save(ctx, inputs, output):
+    x, weight, _, ctx.dilation = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _backward(ctx, grad):
+    x, weight = ctx.saved_tensors
+    grad = grad.contiguous(memory_format=_CHANNELS_LAST)
+    grad_x = grad_weight = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = _depthwise(grad, weight.flip(2, 3), None, ctx.dilation)
+    if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+        grad_weight, grad_bias = _depthwise_weight_grad(grad, x, weight.shape[-1], ctx.dilation)
+    return grad_x, grad_weight, grad_bias if ctx.needs_input_grad[2] else None, None
+
+
+_depthwise.register_autograd(_backward, setup_context=_save)
+
+
+def _save_weight_grad(ctx, inputs, output):
+    grad, x, _, ctx.dilation = inputs
+    ctx.save_for_backward(grad, x)
+
+
+def _backward_weight_grad(ctx, grad_weight, grad_bias):
+    grad, x = ctx.saved_tensors
+    grad_grad = _depthwise(x, grad_weight, grad_bias, ctx.dilation) if ctx.needs_input_grad[0] else None
+    grad_x = _depthwise(grad, grad_weight.flip(2, 3), None, ctx.dilation) if ctx.needs_input_grad[1] else None
+    return grad_grad, grad_x, None, None
+
+
+_depthwise_weight_grad.register_autograd(_backward_weight_grad, setup_context=_save_weight_grad)
+
+
+@register_flop_formula(torch.ops.visionattn.depthwise_conv2d)
+def _flops(x_shape, weight_shape, *args, **kwargs) -> int:
+    return 2 * math.prod(x_shape) * math.prod(weight_shape[2:])
+
+
+@register_flop_formula(torch.ops.visionattn.depthwise_conv2d_weight_grad)
+def _flops_weight_grad(grad_shape, x_shape, kernel_side, *args, **kwargs) -> int:
+    return 2 * math.prod(x_shape) * kernel_side**2
+
+
+def depthwise_conv2d_triton(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int = 1) -> Tensor:
+    """The Triton kernels. Arguments as in :func:`depthwise_conv2d`."""
+    x, weight, bias = _dispatch.autocast(x, weight, bias)
+    out = _depthwise(x.contiguous(memory_format=_CHANNELS_LAST), weight, bias, dilation)
+    return out.contiguous(memory_format=_dispatch.memory_format(x))
 
 
 def depthwise_conv2d(
@@ -48,12 +347,40 @@ def depthwise_conv2d(
         backend: ``"triton"``, ``"torch"``, ``"reference"``, or ``None`` for the setting or the automatic choice.
 
     Returns:
-        A map of the shape, dtype and memory format of ``x``.
+        A map of the shape, dtype and memory format of ``x``; under autocast, of its dtype, as a convolution returns.
 
     Raises:
         ValueError: If shapes, dtypes or devices do not fit together, or ``backend`` is unknown.
         BackendError: If the backend that was asked for cannot run this call.
     """
-    chosen = _dispatch.choose("depthwise_conv2d", x, backend, "not written")
-    run = depthwise_conv2d_reference if chosen == "reference" else depthwise_conv2d_torch
-    return run(x, weight, bias, dilation)
+    _check(x, weight, bias, dilation)
+    chosen = _dispatch.choose("depthwise_conv2d", x, backend, _unsupported(x, weight))
+    return _IMPLEMENTATIONS[chosen](x, weight, bias, dilation)
+
+
+_IMPLEMENTATIONS = {
+    "triton": depthwise_conv2d_triton,
+    "torch": depthwise_conv2d_torch,
+    "reference": depthwise_conv2d_reference,
+}
+
+
+def _unsupported(x: Tensor, weight: Tensor) -> str | None:
+    if weight.shape[-1] not in TRITON_SIDES:
+        return f"the kernel side is {weight.shape[-1]}, the kernels cover {', '.join(map(str, TRITON_SIDES))}"
+    return _dispatch.unsupported(x)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> None:
+    if x.dim() != 4:
+        raise ValueError(f"x must be [B, C, H, W], got shape {tuple(x.shape)}")
+    C = x.shape[1]
+    if weight.dim() != 4 or weight.shape[0] != C or weight.shape[1] != 1 or weight.shape[2] != weight.shape[3]:
+        raise ValueError(f"weight must be [C, 1, K, K] with C = {C} as in x, got shape {tuple(weight.shape)}")
+    if weight.shape[-1] % 2 == 0:
+        raise ValueError(f"weight must have an odd kernel side, got {weight.shape[-1]}")
+    if bias is not None and bias.shape != (C,):
+        raise ValueError(f"bias must be [C] with C = {C} as in x, got shape {tuple(bias.shape)}")
+    if dilation < 1:
+        raise ValueError(f"dilation must be at least 1, got {dilation}")
+    _dispatch.check_same(x, weight=weight, bias=bias)
