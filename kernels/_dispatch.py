@@ -96,7 +96,10 @@ def choose(op: str, x: Tensor, backend: str | None, unsupported: str | None, pre
 
 def exporting() -> bool:
     """Whether a graph is being recorded for another runtime, which knows PyTorch's own operators only."""
-    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
+    # torch 2.11's is_exporting() says yes while torch.compile traces, too; the flag behind it does not.
+    flag = getattr(torch.compiler, "_is_exporting_flag", None)
+    exported = torch.compiler.is_exporting() if flag is None else flag
+    return exported or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
 
 
 def autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -108,9 +111,14 @@ def autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if t is None else t.to(dtype) for t in (x, *others))
 
 
-def memory_format(x: Tensor) -> torch.memory_format:
-    """channels_last if the channels of ``x`` lie side by side, else contiguous: the format a convolution returns."""
-    return torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
+def is_channels_last(x: Tensor) -> bool:
+    """Whether the channels of a map lie side by side, so that a convolution returns channels_last."""
+    return x.stride(1) == 1
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """The map in channels_last, without a copy if it is already. [B, C, H, W]"""
+    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # unlike contiguous(memory_format=), vmap knows these
 
 
 def unsupported(x: Tensor) -> str | None:

@@ -31,54 +31,56 @@ def depthwise_conv2d_reference(x: Tensor, weight: Tensor, bias: Tensor | None = 
 def depthwise_conv2d_torch(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int = 1) -> Tensor:
     """The fastest form known in plain PyTorch operators. Arguments as in :func:`depthwise_conv2d`.
 
-    It differs from the reference on the CPU only, where oneDNN is fast for undilated depthwise convolutions in
-    channels_last and several times slower for any other, its weight gradients included.
+    It differs from the reference on the CPU only, where oneDNN has fast kernels for a few depthwise convolutions and
+    for fewer of their gradients; the others are put in terms of those. Forward-mode autograd needs the reference.
     """
     if x.device.type != "cpu" or _dispatch.exporting():  # an exported graph holds one convolution node
         return depthwise_conv2d_reference(x, weight, bias, dilation)
+    x, weight, bias = _dispatch.autocast(x, weight, bias)
     tensors = (x, weight) if bias is None else (x, weight, bias)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    slow_gradient = (weight.shape[-1] > 3 or dilation > 1) and x.numel() >= 2**14  # below, the calls cost more
+    if slow_gradient and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         out = _DepthwiseCPU.apply(x, weight, bias, dilation)
     else:
-        out = _convolve_phases(x, weight, bias, dilation)
-    return out.contiguous(memory_format=_dispatch.memory_format(x))
+        out = _convolve(x, weight, bias, dilation)
+    return out if _dispatch.is_channels_last(x) else out.contiguous()
 
 
-def _convolve_phases(x: Tensor, weight: Tensor, bias: Tensor | None, d: int) -> Tensor:
-    """Pixels d apart form d * d smaller maps, the phases, which a dilated kernel never mixes: convolve each undilated."""
-    if d == 1:
-        return depthwise_conv2d_reference(x, weight, bias)
-    return _merge(depthwise_conv2d_reference(_split(x, d), weight, bias), d, x.shape)
-
-
-def _split(x: Tensor, d: int) -> Tensor:
-    """Gather the phases of a map, padded with zeros to one size. [B, C, H, W] -> [B * d * d, C, H / d, W / d]"""
-    x = x.permute(0, 2, 3, 1)
-    if d == 1:
-        return x.contiguous().permute(0, 3, 1, 2)
-    B, H, W, C = x.shape
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, d: int) -> Tensor:
+    """Convolve the map, or its phases: the d * d smaller maps of pixels d apart, which a dilated kernel never mixes."""
+    padding = d * (weight.shape[-1] // 2)
+    # Measured with oneDNN 3.10 and 3.13: dilated kernels are fast up to a padding of 6 unless the map is small.
+    if d == 1 or (padding <= 6 and 2 * padding <= x.shape[3] + 1):
+        return depthwise_conv2d_reference(x, weight, bias, d)
+    B, C, H, W = x.shape
     h, w = -(-H // d), -(-W // d)
-    x = F.pad(x, (0, 0, 0, w * d - W, 0, h * d - H))
+    x = depthwise_conv2d_reference(_phases(x, d), weight, bias).permute(0, 2, 3, 1)
+    x = x.reshape(B, d, d, h, w, C).permute(0, 3, 1, 4, 2, 5).reshape(B, h * d, w * d, C)
+    return x[:, :H, :W].contiguous().permute(0, 3, 1, 2)
+
+
+def _phases(x: Tensor, d: int, margin: int = 0) -> Tensor:
+    """Gather the phases, zero-padded to one size and by a margin. [B, C, H, W] -> [B * d * d, C, H / d, W / d]
+
+    In channels_last, whatever the format of ``x``.
+    """
+    x = x.permute(0, 2, 3, 1)
+    B, H, W, C = x.shape
+    h, w = -(-H // d) + 2 * margin, -(-W // d) + 2 * margin
+    before = margin * d
+    x = F.pad(x, (0, 0, before, w * d - W - before, before, h * d - H - before))
     x = x.reshape(B, h, d, w, d, C).permute(0, 2, 4, 1, 3, 5)  # B d d h w C
-    return x.reshape(B * d * d, h, w, C).permute(0, 3, 1, 2)
-
-
-def _merge(x: Tensor, d: int, shape: torch.Size) -> Tensor:
-    """Undo :func:`_split`, dropping the padding. [B * d * d, C, H / d, W / d] -> ``shape``, [B, C, H, W]"""
-    if d == 1:
-        return x
-    B, C, H, W = shape
-    h, w = x.shape[2:]
-    x = x.permute(0, 2, 3, 1).reshape(B, d, d, h, w, C).permute(0, 3, 1, 4, 2, 5)  # B h d w d C
-    return x.reshape(B, h * d, w * d, C)[:, :H, :W].permute(0, 3, 1, 2)
+    return x.reshape(B * d * d, h, w, C).contiguous().permute(0, 3, 1, 2)
 
 
 class _DepthwiseCPU(torch.autograd.Function):
-    """The convolution by phases, with gradients made of operators that oneDNN runs fast."""
+    """The convolution with gradients made of operators that oneDNN runs fast; differentiable again."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(x, weight, bias, dilation):
-        return _convolve_phases(x, weight, bias, dilation).contiguous(memory_format=_CHANNELS_LAST)
+        return _convolve(x, weight, bias, dilation)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -88,30 +90,29 @@ class _DepthwiseCPU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
+        grad = _dispatch.channels_last(grad)
         grad_x = grad_weight = grad_bias = None
-        phases = _split(grad, ctx.dilation)
         if ctx.needs_input_grad[0]:
-            grad_x = _merge(depthwise_conv2d_reference(phases, weight.flip(2, 3)), ctx.dilation, x.shape)
+            grad_x = _convolve(grad, weight.flip(2, 3), None, ctx.dilation)
         if ctx.needs_input_grad[1]:
-            grad_weight = _weight_grad(phases, _split(x, ctx.dilation), weight)
+            grad_weight = _weight_grad(grad, x, weight, ctx.dilation)
         if ctx.needs_input_grad[2]:
-            grad_bias = phases.sum((0, 2, 3))
+            grad_bias = grad.sum((0, 2, 3))
         return grad_x, grad_weight, grad_bias, None
 
 
-def _weight_grad(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """Gradient of an undilated kernel, three of its columns at a time.
+def _weight_grad(grad: Tensor, x: Tensor, weight: Tensor, d: int) -> Tensor:
+    """Gradient of the kernel by phases, three of its columns at a time.
 
-    oneDNN's fast depthwise kernel for this gradient (jit_dw) takes kernels up to three columns wide and wants its
-    padding in the map; the whole 7x7 at once runs 2.4 to 5 times slower.
+    oneDNN's fast depthwise kernel for this gradient (jit_dw) takes undilated kernels of at most three columns and wants
+    the padding inside the map. A whole 7x7 at once runs 2.4 to 5 times slower.
     """
     C, _, K, _ = weight.shape
-    W = x.shape[3]
-    x = F.pad(x, [K // 2] * 4)
+    grad, x = _phases(grad, d), _phases(x, d, margin=K // 2)
     columns = []
     for first in range(0, K, 3):
         width = min(3, K - first)
-        part, kernel = x[..., first : first + W + width - 1], weight[..., :width]
+        part, kernel = x[..., first : first + grad.shape[3] + width - 1], weight[..., :width]
         columns.append(
             torch.ops.aten.convolution_backward(
                 grad, part, kernel, None, [1, 1], [0, 0], [1, 1], False, [0, 0], C, [False, True, False]
@@ -134,7 +135,7 @@ def _depthwise_fwd(
     HAS_BIAS: tl.constexpr, K: tl.constexpr, RUN: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_R runs of BLOCK_C channels. A loaded pixel serves up to RUN outputs from registers. weight is [K * K, C]."""
+    """BLOCK_R runs of BLOCK_C channels; a pixel, once loaded, serves up to RUN outputs. weight is [K * K, C]."""
     run = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     c_in = c < C
@@ -177,7 +178,7 @@ def _depthwise_bwd_weight(
     K: tl.constexpr, RUN: tl.constexpr, STEPS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """One kernel row's gradient over STEPS * BLOCK_R runs. out is [splits, K * K + 1, C], the bias gradient its last."""
+    """One kernel row's gradient over STEPS * BLOCK_R runs. out is [splits, K * K + 1, C], the bias gradient last."""
     split, i = tl.program_id(0), tl.program_id(1)
     c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
     c_in = c < C
@@ -290,7 +291,7 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, grad):
     x, weight = ctx.saved_tensors
-    grad = grad.contiguous(memory_format=_CHANNELS_LAST)
+    grad = _dispatch.channels_last(grad)
     grad_x = grad_weight = grad_bias = None
     if ctx.needs_input_grad[0]:
         grad_x = _depthwise(grad, weight.flip(2, 3), None, ctx.dilation)
@@ -330,8 +331,8 @@ def _flops_weight_grad(grad_shape, x_shape, kernel_side, *args, **kwargs) -> int
 def depthwise_conv2d_triton(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int = 1) -> Tensor:
     """The Triton kernels. Arguments as in :func:`depthwise_conv2d`."""
     x, weight, bias = _dispatch.autocast(x, weight, bias)
-    out = _depthwise(x.contiguous(memory_format=_CHANNELS_LAST), weight, bias, dilation)
-    return out.contiguous(memory_format=_dispatch.memory_format(x))
+    out = _depthwise(_dispatch.channels_last(x), weight, bias, dilation)
+    return out if _dispatch.is_channels_last(x) else out.contiguous()
 
 
 def depthwise_conv2d(

@@ -5,8 +5,6 @@ out[b, d, y, x] = gate[b, d, y, x] * (bias[d] + sum_c weight[d, c] * x[b, c, y, 
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -107,7 +105,7 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, grad):
     x, weight, bias, gate = ctx.saved_tensors
-    grad = grad.contiguous(memory_format=_CHANNELS_LAST)
+    grad = _dispatch.channels_last(grad)
     grad_x = grad_weight = grad_bias = grad_gate = None
     needed = ctx.needs_input_grad
     if needed[3]:  # the convolution is computed again, which is cheaper than to store and load it
@@ -137,9 +135,8 @@ def _flops(x_shape, weight_shape, *args, **kwargs) -> int:
 def gated_pointwise_triton(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor) -> Tensor:
     """The Triton kernels. Arguments as in :func:`gated_pointwise`."""
     x, weight, bias = _dispatch.autocast(x, weight, bias)
-    gate = gate.contiguous(memory_format=_CHANNELS_LAST)
-    out = _gated_pointwise(x.contiguous(memory_format=_CHANNELS_LAST), weight, bias, gate)
-    return out.contiguous(memory_format=_dispatch.memory_format(x))
+    out = _gated_pointwise(_dispatch.channels_last(x), weight, bias, _dispatch.channels_last(gate))
+    return out if _dispatch.is_channels_last(x) else out.contiguous()
 
 
 def gated_pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, backend: str | None = None) -> Tensor:
