@@ -1,0 +1,6 @@
+"""Train, validate, test and predict: ``python train.py fit -c configs/classify/digits_demo.yaml``."""
+
+from visionattn.train.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""Averaged weights, throughput, exported weights and a log line per epoch."""
+
+import shutil
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.throughput import _plugin_to_compute_dtype
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ThroughputMonitor, WeightAveraging
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from visionattn.train.errors import UserError
+from visionattn.train.flops import peak_flops
+from visionattn.train.weights import export_weights
+
+
+class EMA(WeightAveraging):
+    """Exponential moving average of the weights; it is what is validated, monitored and exported.
+
+    A checkpoint's ``state_dict`` is the average; resuming also restores the raw weights beside it.
+
+    Args:
+        decay: Share of the average kept at each step.
+        warmup: Start with a short memory, ``(1 + step) / (10 + step)``, until ``decay`` is reached.
+    """
+
+    def __init__(self, decay: float = 0.9998, warmup: bool = True) -> None:
+        self.decay, self.warmup = decay, warmup
+        super().__init__(multi_avg_fn=self._average)
+
+    def _average(self, averages: list[torch.Tensor], values: list[torch.Tensor], _: Any) -> None:
+        step = self._latest_update_step
+        decay = min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
+        get_ema_multi_avg_fn(decay)(averages, values, None)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit" and isinstance(
+            trainer.strategy, pl.strategies.ModelParallelStrategy | pl.strategies.FSDPStrategy
+        ):
+            raise UserError("EMA cannot average sharded weights: remove it, or use --trainer.strategy ddp")
+        with warnings.catch_warnings():
+            # It warns that configure_model() does not shard here; a sharded model has just been refused.
+            warnings.filterwarnings("ignore", "You're using the WeightAveraging callback with a model")
+            super().setup(trainer, pl_module, stage)
+
+
+def images_in(batch: Any) -> int:
+    """Number of images in a batch of our data modules."""
+    return len(batch[0])
+
+
+class Throughput(ThroughputMonitor):
+    """Logs images per second and, on GPUs, the share of the peak that is used.
+
+    Args:
+        window_size: Steps to average over.
+    """
+
+    def __init__(self, window_size: int = 20) -> None:
+        super().__init__(batch_size_fn=images_in, window_size=window_size, separator="/")
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "FLOPs not found")
+            super().setup(trainer, pl_module, stage)
+        device = trainer.strategy.root_device
+        if self.available_flops is None and device.type == "cuda":
+            dtype = _plugin_to_compute_dtype(trainer.precision_plugin)
+            self.available_flops = peak_flops(torch.cuda.get_device_name(device), dtype)
+            for throughput in self._throughputs.values():
+                throughput.available_flops = self.available_flops
+
+
+class ExportWeights(Callback):
+    """Writes the best checkpoint's bare weights to ``model.safetensors`` beside it when training ends."""
+
+    path: str | None = None
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        best = best_checkpoint(trainer)
+        if trainer.is_global_zero and best:
+            self.path = str(Path(best).with_name("model.safetensors"))
+            export_weights(best, self.path)
+
+
+class EpochLines(Callback):
+    """One printed line per epoch, for screens that cannot show a progress bar."""
+
+    start = 0.0
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.start = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            shown = {"train/loss_epoch": "loss {:.4f}", "val/loss": "val loss {:.4f}", "val/acc1": "val top-1 {:.2f} %"}
+            parts = [
+                text.format(trainer.callback_metrics[k]) for k, text in shown.items() if k in trainer.callback_metrics
+            ]
+            seconds = f"{time.perf_counter() - self.start:.1f} s"
+            print(", ".join([f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", *parts, seconds]), flush=True)
+
+
+def best_checkpoint(trainer: pl.Trainer) -> str | None:
+    """The best checkpoint file of a finished run."""
+    saver = trainer.checkpoint_callback
+    return (saver.best_model_path or saver.last_model_path or None) if isinstance(saver, ModelCheckpoint) else None
+
+
+def check_disk(trainer: pl.Trainer, pl_module: pl.LightningModule, folder: str) -> None:
+    """Refuse to start when the checkpoints of the run cannot fit on the disk.
+
+    Args:
+        trainer: Holds the checkpoint and averaging callbacks.
+        pl_module: The task, whose weights are counted.
+        folder: Where checkpoints go.
+
+    Raises:
+        UserError: If less is free than the checkpoints need.
+    """
+    weights = sum(t.numel() * t.element_size() for t in pl_module.state_dict().values())
+    copies = 3 + any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)  # weights, two moments
+    savers = [callback for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint)]
+    # One more than are kept, because a new file is written before an old one goes.
+    files = sum(max(1, saver.save_top_k) + bool(saver.save_last) + 1 for saver in savers)
+    existing = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
+    needed, free = weights * copies * files, shutil.disk_usage(existing).free
+    if needed > free:
+        raise UserError(
+            f"not enough disk space: the checkpoints need about {needed / 1e9:.2f} GB and {existing} has "
+            f"{free / 1e9:.2f} GB. Free some, or choose another disk with --out"
+        )

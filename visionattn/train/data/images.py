@@ -1,0 +1,257 @@
+"""Any classification data set that timm reads: image folders and tars, Hugging Face, WebDataset, TFDS, torchvision."""
+
+import concurrent.futures
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+from PIL import Image
+from timm.data import create_dataset, create_transform, resolve_data_config
+from timm.data.readers.img_extensions import get_img_extensions
+from timm.utils.misc import natural_key
+
+from visionattn.train.data.base import ClassificationData
+from visionattn.train.data.sampling import UNREADABLE
+from visionattn.train.data.transforms import train_transform
+from visionattn.train.errors import UserError, check_model_name, one_line, some
+
+FOLDERS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "eval"), "test": ("test",)}
+
+
+class Images(ClassificationData):
+    """Images that ``timm.data.create_dataset`` reads; a folder holds ``train/CLASS/*.jpg`` and ``val/CLASS/*.jpg``.
+
+    Size, normalisation, interpolation and crop follow the model's published ones unless given.
+
+    Args:
+        root: Folder of the data set, or where a downloaded one is kept.
+        dataset: Empty for an image folder, else a timm name: ``hfds/...``, ``wds/...``, ``tfds/...``, ``torch/...``.
+        train_split: Name of the training split; folders also answer to "training".
+        val_split: Name of the validation split; folders also answer to "validation", "valid" and "eval".
+        test_split: Name of the test split; the validation split if not given.
+        num_classes: Number of classes, where the data set does not tell.
+        dataset_args: Further arguments of ``create_dataset`` (``download``, ``input_key``, ``num_samples``, ...).
+        model: Whose preprocessing to follow; taken from ``model.name``.
+        img_size: Side of the input.
+        batch_size: Images per step and process.
+        eval_batch_size: The same for validation and test; ``batch_size`` if not given.
+        num_workers: Processes that load images, for each training process; up to 8 of the cores if not given.
+        mean: Normalisation mean per channel.
+        std: Normalisation deviation per channel.
+        interpolation: Resampling for validation.
+        crop_pct: Share of the resized image that the validation crop keeps.
+        train_interpolation: Resampling in training; "random" alternates bilinear and bicubic.
+        scale: Smallest and largest share of the image that a training crop covers.
+        hflip: Probability of a mirror image.
+        color_jitter: Strength of brightness, contrast and saturation changes; unused with an augmentation policy.
+        auto_augment: timm's policy, such as "rand-m9-mstd0.5-inc1" or "3a".
+        re_prob: Probability of erasing a random rectangle.
+        re_mode: What the rectangle is filled with.
+        check_images: Images, spread over each split, that are decoded before the run starts; 0 for none, -1 for all.
+        bad_images: Whether an unreadable image found by that check stops the run. One that turns up in training is
+            always named, replaced by its neighbour and counted in the log.
+    """
+
+    def __init__(
+        self,
+        root: str = "",
+        dataset: str = "",
+        train_split: str = "train",
+        val_split: str = "val",
+        test_split: str | None = None,
+        num_classes: int | None = None,
+        dataset_args: dict[str, Any] | None = None,
+        model: str | None = None,
+        img_size: int | None = None,
+        batch_size: int = 128,
+        eval_batch_size: int | None = None,
+        num_workers: int | None = None,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+        interpolation: str | None = None,
+        crop_pct: float | None = None,
+        train_interpolation: str = "random",
+        scale: tuple[float, float] = (0.08, 1.0),
+        hflip: float = 0.5,
+        color_jitter: float = 0.4,
+        auto_augment: str | None = None,
+        re_prob: float = 0.0,
+        re_mode: Literal["const", "rand", "pixel"] = "pixel",
+        check_images: int = 2000,
+        bad_images: Literal["error", "skip"] = "error",
+    ) -> None:
+        workers = min(8, len(os.sched_getaffinity(0))) if num_workers is None else num_workers
+        super().__init__(batch_size, eval_batch_size, workers)
+        if img_size is not None and img_size < 1:
+            raise UserError(f"data.img_size is {img_size}: it must be at least 1")
+        self.root, self.source, self.dataset_args = root, dataset, dataset_args or {}
+        self.splits = {"train": train_split, "val": val_split, "test": test_split or val_split}
+        self.check_images, self.bad_images = check_images, bad_images
+        given = dict(img_size=img_size, mean=mean, std=std, interpolation=interpolation, crop_pct=crop_pct)
+        config = resolve_data_config(given, pretrained_cfg=_published(model))
+        self.preprocess = {key: list(v) if isinstance(v, tuple) else v for key, v in config.items()}
+        self.augment = dict(
+            interpolation=train_interpolation,
+            scale=tuple(scale),
+            hflip=hflip,
+            color_jitter=color_jitter,
+            auto_augment=auto_augment,
+            re_prob=re_prob,
+            re_mode=re_mode,
+        )
+        self.class_to_idx = self._classes()
+        if not self.class_to_idx and not num_classes:
+            raise UserError(f"{dataset!r} does not tell its classes: give --data.num_classes")
+        if num_classes and self.class_to_idx and num_classes != len(self.class_to_idx):
+            raise UserError(
+                f"data.num_classes is {num_classes}, but {root or dataset} has {len(self.class_to_idx)} classes "
+                f"({some(self.class_to_idx)}): drop the flag or fix the data"
+            )
+        names = sorted(self.class_to_idx, key=self.class_to_idx.get)
+        self.class_names = names or [str(index) for index in range(num_classes)]
+        self.num_classes = len(self.class_names)
+
+    def dataset(self, split: str):
+        if self._is_folder:
+            check_folder(self._folder(split), self.class_to_idx)
+        training = split == "train"
+        data = self._create(split, class_map=self.class_to_idx if self._is_folder else None)
+        augment = self.preprocess | self.augment
+        data.transform = train_transform(**augment) if training else create_transform(**self.preprocess)
+        if hasattr(data, "reader") and not hasattr(data, "set_epoch"):
+            return Decoded(data), lambda index: data.filename(index, absolute=True)
+        return data, lambda index: f"{index} of {self.source} {self.splits[split]}"
+
+    def check(self, splits: list[str]) -> None:
+        for split in splits:
+            data, name = self.dataset(split)
+            if not hasattr(data, "__getitem__") or not self.check_images:
+                continue
+            step = 1 if self.check_images < 0 else max(1, len(data) // self.check_images)
+            bad = unreadable(data.dataset if isinstance(data, Decoded) else data, range(0, len(data), step))
+            if bad:
+                found = f"{len(bad)} unreadable images in {self.splits[split]}: {some(name(index) for index in bad)}"
+                if self.bad_images == "error":
+                    raise UserError(f"{found}. Remove them, or skip them with --data.bad_images skip")
+                print(f"warning: {found}; they are skipped")
+
+    @property
+    def _is_folder(self) -> bool:
+        return not self.source and Path(self.root).is_dir()
+
+    def _folder(self, split: str) -> Path:
+        name = self.splits[split]
+        kin = next((names for names in FOLDERS.values() if name in names), (name,))
+        for candidate in (name, *kin):
+            if (folder := Path(self.root, candidate)).is_dir():
+                return folder
+        raise UserError(
+            f"no {name!r} folder in {self.root}: expected {Path(self.root, name, 'CLASS', 'IMAGE.jpg')}, "
+            "or name the split with --data.train_split and --data.val_split"
+        )
+
+    def _classes(self) -> dict[str, int]:
+        if not self.source:
+            if not self.root:
+                raise UserError("no data: give the image folder with --data.root")
+            if not Path(self.root).exists():
+                raise UserError(f"no such data folder: {self.root}. Give an existing one with --data.root")
+        if self._is_folder:
+            has_train = any(Path(self.root, name).is_dir() for name in (self.splits["train"], *FOLDERS["train"]))
+            return check_folder(self._folder("train" if has_train else "val"))
+        return class_index(self._create("train"))
+
+    def _create(self, split: str, class_map: dict[str, int] | None = None):
+        root = str(self._folder(split)) if self._is_folder else self.root or None
+        try:
+            return create_dataset(
+                self.source,
+                root=root,
+                split=self.splits[split],
+                search_split=not self._is_folder,
+                class_map=class_map,
+                is_training=split == "train",
+                batch_size=self.batch_size,
+                **self.dataset_args,
+            )
+        except ImportError as error:
+            raise UserError(f"{self.source} needs a package that is not installed: {one_line(error)}") from error
+        except (AssertionError, RuntimeError, ValueError, OSError) as error:
+            raise UserError(f"cannot open data set {self.source or self.root!r}: {one_line(error)}") from error
+
+
+class Decoded:
+    """A timm ``ImageDataset`` that raises for an unreadable image, where timm would take another one unasked."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int):
+        file, target = self.dataset.reader[index]
+        with file:
+            image = Image.open(file).convert(self.dataset.input_img_mode)
+        return self.dataset.transform(image), target
+
+
+def _published(model: str | None) -> dict[str, Any]:
+    if not model:
+        return {}
+    check_model_name(model)
+    config = timm.get_pretrained_cfg(model)
+    return config.to_dict() if config else {}
+
+
+def class_index(dataset: Any) -> dict[str, int]:
+    """The class names of a data set and their targets; empty if it does not tell."""
+    for owner in (getattr(dataset, "reader", None), dataset):
+        for name in ("class_to_idx", "class_name_to_idx"):
+            if index := getattr(owner, name, None):
+                return dict(index)
+    return {}
+
+
+def check_folder(folder: Path, known: dict[str, int] | None = None) -> dict[str, int]:
+    """The classes of an image folder, in timm's order.
+
+    Args:
+        folder: Holds one folder per class.
+        known: The classes that the model learns, if they come from another split.
+
+    Raises:
+        UserError: If there is none, one is empty, or one is not known.
+    """
+    classes = sorted((entry for entry in os.scandir(folder) if entry.is_dir()), key=lambda e: natural_key(e.name))
+    if not classes:
+        raise UserError(f"no class folders in {folder}: expected {folder / 'CLASS' / 'IMAGE.jpg'}")
+    if nested := [e.path for e in classes if any(child.is_dir() for child in os.scandir(e.path))]:
+        raise UserError(f"class folder {some(nested, 1)} has folders inside: images must lie directly in it")
+    kinds = get_img_extensions(as_set=True)
+    empty = [e.path for e in classes if not any(Path(f.name).suffix.lower() in kinds for f in os.scandir(e.path))]
+    if empty:
+        raise UserError(f"no images in class folder {some(empty)}: fill or remove it")
+    names = [entry.name for entry in classes]
+    if known is not None and (extra := [name for name in names if name not in known]):
+        raise UserError(f"{folder} has classes that training does not know: {some(extra)}. Remove or rename them")
+    return {name: index for index, name in enumerate(names)}
+
+
+def unreadable(dataset: Any, indices: range) -> list[int]:
+    """The indices whose images cannot be decoded."""
+
+    def bad(index: int) -> bool:
+        try:
+            if not hasattr(dataset, "reader"):
+                dataset[index]
+                return False
+            with dataset.reader[index][0] as file:
+                Image.open(file).load()
+            return False
+        except UNREADABLE:
+            return True
+
+    with concurrent.futures.ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
+        return [index for index, is_bad in zip(indices, pool.map(bad, indices), strict=True) if is_bad]

@@ -1,0 +1,160 @@
+"""Which image comes when: an order and an augmentation that depend on the seed and the epoch alone.
+
+Neither the number of processes, the number of workers nor a restart in between changes what an epoch shows.
+"""
+
+import itertools
+import os
+import random
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
+
+IGNORED = -1
+"""Target of an entry that must not count: padding of the last batch, or an image that cannot be read."""
+
+# What Pillow raises on damaged files; anything else is a bug and is not swallowed.
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+
+
+def global_seed() -> int:
+    """The run's seed, as ``seed_everything`` set it."""
+    return int(os.environ.get("PL_GLOBAL_SEED", 0))
+
+
+def seed_random(*key: int) -> None:
+    """Seed Python, NumPy and torch (CPU, and CUDA where it is in use) from a tuple of integers."""
+    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(seed)
+
+
+class Key(NamedTuple):
+    """One entry of an epoch.
+
+    Attributes:
+        index: Position in the data set.
+        seed: Seeds the augmentation of this entry.
+        counts: False for an entry that only fills the last batch up.
+    """
+
+    index: int
+    seed: tuple[int, ...]
+    counts: bool
+
+
+class EpochSampler(DistributedSampler):
+    """Shuffles by (seed, epoch), deals batches over processes, and can start in the middle of an epoch.
+
+    Process r of n takes every n-th entry, so n processes with batch size b see the same global batches as one
+    process with n * b.
+    """
+
+    skip = 0
+
+    def __iter__(self) -> Iterator[Key]:
+        skip, self.skip = self.skip, 0
+        positions = itertools.count(self.rank, self.num_replicas)
+        keys = (
+            Key(index, (self.seed, self.epoch, index), position < len(self.dataset))
+            for index, position in zip(super().__iter__(), positions, strict=False)
+        )
+        return itertools.islice(keys, skip, None)
+
+
+class Samples(Dataset):
+    """A map-style data set read by :class:`Key`: seeded augmentation, unreadable images named and replaced.
+
+    An entry is ``(image, target, unreadable)``. In training an unreadable image is replaced by the next readable
+    one; otherwise the entry is blank and its target is ``IGNORED``, so that no image counts twice in a metric.
+
+    Args:
+        dataset: Gives ``(image, target)`` with the transform applied.
+        name: Names the image at an index, for the message.
+        training: Whether to replace unreadable images.
+    """
+
+    def __init__(self, dataset: Any, name: Callable[[int], str], training: bool) -> None:
+        self.dataset, self.name, self.training = dataset, name, training
+        self.reported: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: Key) -> tuple[torch.Tensor, int, int]:
+        with isolate_rng(include_cuda=False):
+            seed_random(*key.seed)
+            for attempt in range(len(self)):
+                index = (key.index + attempt) % len(self)
+                try:
+                    image, target = self.dataset[index]
+                except UNREADABLE as error:
+                    self._report(index, error)
+                    if not self.training:
+                        return self._blank(), IGNORED, int(key.counts)
+                else:
+                    return image, int(target) if key.counts else IGNORED, int(attempt > 0)
+        raise RuntimeError("not one image of the data set can be read")
+
+    def _report(self, index: int, error: Exception) -> None:
+        if index not in self.reported:
+            self.reported.add(index)
+            print(f"warning: skipped unreadable image {self.name(index)} ({error})", file=sys.stderr, flush=True)
+
+    def _blank(self) -> torch.Tensor:
+        return torch.zeros_like(next(image for image in self._readable()))
+
+    def _readable(self) -> Iterator[torch.Tensor]:
+        for index in range(len(self)):
+            try:
+                yield self.dataset[index][0]
+            except UNREADABLE:
+                continue
+
+
+class Stream(IterableDataset):
+    """A streaming data set in the form of :class:`Samples`; its reader shares the work out over processes itself."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, int, int]]:
+        return ((image, int(target), 0) for image, target in self.dataset)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.dataset.set_epoch(epoch)
+
+
+class ResumableLoader(DataLoader):
+    """A loader that continues at the batch where a checkpoint was written.
+
+    Lightning calls ``state_dict`` when it saves and ``load_state_dict`` before it asks for the first batch.
+    """
+
+    progress: Callable[[], tuple[int, int]] = staticmethod(lambda: (0, 0))
+
+    def state_dict(self) -> dict[str, int]:
+        epoch, batch = self.progress()
+        return {"epoch": epoch, "batch": batch}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        if isinstance(self.sampler, EpochSampler):
+            self.sampler.set_epoch(state["epoch"])
+            self.sampler.skip = state["batch"] * self.batch_size
+
+
+def training_progress(trainer: Any) -> tuple[int, int]:
+    """The epoch that ``trainer`` is in, and the batches of it that are done."""
+    return divmod(trainer.fit_loop.epoch_loop.batch_progress.total.ready, int(trainer.num_training_batches))

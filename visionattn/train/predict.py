@@ -1,0 +1,156 @@
+"""Classify image files with a checkpoint of a run, or with published weights."""
+
+import concurrent.futures
+import csv
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from lightning.pytorch.cli import LightningArgumentParser
+from PIL import Image
+from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
+from timm.data.readers.img_extensions import get_img_extensions
+from torch import Tensor, nn
+
+from visionattn.train.data.sampling import UNREADABLE
+from visionattn.train.errors import UserError, check_model_name, some
+from visionattn.train.weights import build, load_weights, read_card
+
+
+def add_arguments(parser: LightningArgumentParser) -> list[str]:
+    """Add the arguments of :func:`predict` and return their names."""
+    parser.add_argument("images", nargs="+", type=str, help="Image files, or folders of them.")
+    return ["images", *parser.add_function_arguments(predict, skip={"images"})]
+
+
+def predict(
+    images: list[str],
+    ckpt: str | None = None,
+    model: str | None = None,
+    topk: int = 5,
+    output: str = "predictions.json",
+    batch_size: int = 32,
+    device: str = "auto",
+) -> list[dict[str, Any]]:
+    """Print the most likely classes of each image as a table and write them to a file.
+
+    Args:
+        images: Image files, or folders of them.
+        ckpt: A checkpoint or ``model.safetensors`` that ``train.py`` wrote.
+        model: Instead: a timm model, with its published weights.
+        topk: Classes to name for each image.
+        output: File to write, ``.json`` or ``.csv``.
+        batch_size: Images at a time.
+        device: ``cpu``, ``cuda``, ...; ``auto`` takes a GPU if there is one.
+
+    Returns:
+        One entry per readable image: its ``file`` and ``classes``, a list of ``label`` and ``probability``.
+
+    Raises:
+        UserError: For anything the user can fix.
+    """
+    if bool(ckpt) == bool(model):
+        raise UserError("say what to predict with: --ckpt FILE, or --model NAME for published weights")
+    if Path(output).suffix not in (".json", ".csv"):
+        raise UserError(f"cannot write {output}: choose a name that ends in .json or .csv")
+    if topk < 1 or batch_size < 1:
+        raise UserError("--topk and --batch_size must be at least 1")
+    files = find_images(images)
+    net, transform, labels = load(ckpt, model)
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    net.eval().to(device)
+
+    results, bad = [], []
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool, torch.inference_mode():
+        for start in range(0, len(files), batch_size):
+            names = files[start : start + batch_size]
+            tensors = list(pool.map(lambda file: read(file, transform), names))
+            bad += [file for file, tensor in zip(names, tensors, strict=True) if tensor is None]
+            readable = [(file, tensor) for file, tensor in zip(names, tensors, strict=True) if tensor is not None]
+            if readable:
+                batch = torch.stack([tensor for _, tensor in readable]).to(device)
+                for (file, _), scores in zip(readable, net(batch).softmax(-1).cpu(), strict=True):
+                    best = scores.topk(min(topk, len(scores)))
+                    classes = [
+                        {"label": labels[i] if i < len(labels) else str(i), "probability": round(p, 6)}
+                        for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+                    ]
+                    results.append({"file": file, "classes": classes})
+    if not results:
+        raise UserError(f"none of the {len(files)} images can be read: {some(bad)}. Give JPEG, PNG or WebP files")
+    print_table(results)
+    write(results, output)
+    if bad:
+        print(f"warning: skipped {len(bad)} unreadable images: {some(bad, 10)}", file=sys.stderr)
+    print(f"wrote {output}")
+    return results
+
+
+def find_images(paths: list[str]) -> list[str]:
+    """The image files among ``paths`` and below the folders among them."""
+    files: list[str] = []
+    kinds = get_img_extensions(as_set=True)
+    for path in paths:
+        if Path(path).is_dir():
+            found = sorted(str(file) for file in Path(path).rglob("*") if file.suffix.lower() in kinds)
+            if not found:
+                raise UserError(f"no images in folder {path}: expected files such as IMAGE.jpg or IMAGE.png")
+            files += found
+        elif Path(path).is_file():
+            files.append(path)
+        else:
+            raise UserError(f"no such image or folder: {path}")
+    return files
+
+
+def load(ckpt: str | None, model: str | None) -> tuple[nn.Module, Any, list[str]]:
+    """A network with its weights, the transform that its images need, and the names of its classes."""
+    if ckpt:
+        card = read_card(ckpt)
+        net = build(card)
+        load_weights(net, ckpt)
+        return net, create_transform(**card["preprocess"]), card["class_names"]
+    check_model_name(model)
+    if not timm.models.is_model_pretrained(model):
+        raise UserError(f"{model} has no published weights: give a checkpoint with --ckpt")
+    net = timm.create_model(model, pretrained=True)
+    names = ImageNetInfo()
+    labels = [names.index_to_description(i) for i in range(1000)] if net.num_classes == 1000 else []
+    return net, create_transform(**resolve_model_data_config(net)), labels
+
+
+def read(file: str, transform: Any) -> Tensor | None:
+    """The image as the network takes it, or None if it cannot be read."""
+    try:
+        with Image.open(file) as image:
+            return transform(image.convert("RGB"))
+    except UNREADABLE:
+        return None
+
+
+def print_table(results: list[dict[str, Any]], most: int = 20) -> None:
+    """Show each image with its classes and probabilities, the likeliest first."""
+    width = min(50, max(len(Path(result["file"]).name) for result in results[:most]))
+    for result in results[:most]:
+        classes = "   ".join(f"{100 * c['probability']:5.1f} % {c['label']}" for c in result["classes"])
+        print(f"{Path(result['file']).name:<{width}}  {classes}")
+    if len(results) > most:
+        print(f"... and {len(results) - most} more images in the file")
+
+
+def write(results: list[dict[str, Any]], output: str) -> None:
+    """Write the results as JSON, or as CSV with one row per image."""
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
+    if output.endswith(".json"):
+        Path(output).write_text(json.dumps(results, indent=1), encoding="utf-8")
+        return
+    with open(output, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        count = len(results[0]["classes"])
+        writer.writerow(["file", *(f"{kind}{n + 1}" for n in range(count) for kind in ("label", "probability"))])
+        for result in results:
+            writer.writerow([result["file"], *(v for c in result["classes"] for v in (c["label"], c["probability"]))])
