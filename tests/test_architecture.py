@@ -117,23 +117,9 @@ def test_works_from_a_checkout_in_any_folder(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
+def wheel(checkout, tmp_path_factory):
     out = tmp_path_factory.mktemp("wheel")
-    setuptools = pytest.importorskip("setuptools")
-    if int(setuptools.__version__.split(".")[0]) < 77:
-        pytest.skip("setuptools older than the build asks for")
-    source = tmp_path_factory.mktemp("source")
-    for name in subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout.split("\0"):
-        if name and (ROOT / name).is_file() and not name.startswith("tests/fixtures"):
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).write_bytes((ROOT / name).read_bytes())
-    run(f"import setuptools.build_meta as b; b.build_wheel({str(out)!r})", cwd=source)
+    run(f"import setuptools.build_meta as b; b.build_wheel({str(out)!r})", cwd=checkout)
     (path,) = out.glob("*.whl")
     return path
 
