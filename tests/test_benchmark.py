@@ -37,6 +37,15 @@ def case_of(**functions):
     return Case("square", "4", candidates)
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Threads that wait for each other on a busy machine would take most of the time of these small shapes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def settings():
     return Settings(CPU, repeats=3, seconds=10.0)
@@ -80,6 +89,38 @@ def test_ratio_spread_and_order_statistics(monkeypatch, settings):
     settings.baseline = "b"
     a, b = run_case(case_of(a=torch.square, b=torch.square), "infer", settings)
     assert b.baseline and a.speedup == pytest.approx(0.25)
+
+
+def test_gpu_timer_fills_the_device_before_the_first_event(monkeypatch):
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("event")
+
+        def synchronize(self):
+            log.append("wait")
+
+        def elapsed_time(self, end):
+            return 2.0
+
+    class Buffer:
+        def zero_(self):
+            log.append("fill")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: Buffer())
+    timer = Timer(torch.device("cuda"), device_time=True)
+    log.clear()
+    assert timer(lambda: log.append("call"), launch_seconds=0.003) == pytest.approx(0.002)
+    assert log == ["fill"] * 4 + ["event", "call", "event", "wait"]  # 2 ms each, to cover twice 3 ms
+    log.clear()
+    assert Timer(torch.device("cuda"))(lambda: log.append("call")) == pytest.approx(0.002)
+    assert log == ["event", "call", "event", "wait"]
 
 
 # Counting
@@ -136,6 +177,10 @@ def test_wrong_output_and_wrong_gradient_are_flagged(settings):
     assert rows["off"].error == pytest.approx(0.01, rel=1e-3) and rows["right"].error is None
     rows = {row.candidate: row for row in run_case(case, "train", settings)}
     assert [name for name, row in rows.items() if row.differs] == ["off", "gradient"]
+    (nan,) = (
+        row for row in run_case(case_of(a=torch.square, b=lambda x: x / 0), "infer", settings) if not row.baseline
+    )
+    assert nan.differs and nan.error is None and nan.reason == "NaN or Inf in the result"
     settings.tolerance = 0.02
     assert not any(row.differs for row in run_case(case, "infer", settings))
 
@@ -241,11 +286,11 @@ def test_compiled_candidate_runs(capsys):
 
 
 def test_models_compares_ours_with_plain_and_times_others(capsys):
-    arguments = "models van_b0 --img-size 32,64 --batch 2 --mode infer,train --repeats 1 --check --candidates"
-    status, out, _ = run(capsys, *arguments.split(), "plain,ours,resnet18")
+    arguments = "models van_b0 --img-size 32,40 --batch 2 --mode infer,train --repeats 1 --check --candidates"
+    status, out, _ = run(capsys, *arguments.split(), "plain,ours,resnet10t")
     assert status == 0 and "n/a" not in out
-    assert all(out.count(f"\n{candidate} ") == 4 for candidate in ("plain *", "ours", "resnet18"))
-    assert "van_b0 2x3x64x64 train" in out and "GMAC/img" in out
+    assert all(out.count(f"\n{candidate} ") == 4 for candidate in ("plain *", "ours", "resnet10t"))
+    assert "van_b0 2x3x40x40 train" in out and "GMAC/img" in out
 
 
 def test_model_without_plain_counterpart_still_runs(capsys):

@@ -62,9 +62,13 @@ def _create(name: str, img_size: int) -> nn.Module:
         return timm.create_model(name)
 
 
+def _family(name: str) -> str:
+    return model_entrypoint(name).__module__.rpartition(".")[2]
+
+
 def plain_and_ours(name: str, img_size: int = 224) -> tuple[nn.Module, nn.Module]:
     """The plain network of a model and the library's own with the same random weights."""
-    family = model_entrypoint(name).__module__.rpartition(".")[2]
+    family = _family(name)
     if family not in PLAIN:
         raise ValueError(f"no plain network is registered for {name!r}; families that have one: {', '.join(PLAIN)}")
     torch.manual_seed(0)
@@ -75,13 +79,9 @@ def plain_and_ours(name: str, img_size: int = 224) -> tuple[nn.Module, nn.Module
 
 
 def _network(name: str, who: str, img_size: int) -> nn.Module:
-    if who == "plain":
-        return plain_and_ours(name, img_size)[0]
-    if who == "ours":
-        try:
-            return plain_and_ours(name, img_size)[1]
-        except ValueError:  # no counterpart to share weights with
-            pass
+    if who == "plain" or (who == "ours" and _family(name) in PLAIN):
+        plain, ours = plain_and_ours(name, img_size)
+        return plain if who == "plain" else ours
     torch.manual_seed(0)
     return _create(name if who == "ours" else who, img_size)
 

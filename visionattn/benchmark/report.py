@@ -15,6 +15,7 @@ import torch
 
 import visionattn
 from visionattn.benchmark.runner import Row
+from visionattn.kernels import get_backend
 
 __all__ = ["Report", "describe", "format_header", "format_rows", "markdown_rows", "write_atomic"]
 
@@ -50,6 +51,7 @@ def describe(
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "dtype": dtype,
         "clock": "device events" if device.type == "cuda" else clock,
+        "backend": get_backend(),
         "platform": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -78,7 +80,7 @@ def format_header(header: dict) -> str:
 
     lines = [
         f"$ {header['command']}",
-        line("device", "gpu", "cpu", "cpu_count", "threads", "dtype", "clock"),
+        line("device", "gpu", "cpu", "cpu_count", "threads", "dtype", "clock", "backend"),
         line("python", "torch", "timm", "triton", "visionattn", "cuda", "hip", "cudnn"),
     ]
     if header.get("load_average") is not None:
@@ -173,7 +175,10 @@ class Report:
     rows: list[Row] = field(default_factory=list)
 
     def to_json(self) -> str:
-        return json.dumps({"header": self.header, "rows": [asdict(row) for row in self.rows]}, indent=1) + "\n"
+        return (
+            json.dumps({"header": self.header, "rows": [asdict(row) for row in self.rows]}, indent=1, allow_nan=False)
+            + "\n"
+        )
 
     @classmethod
     def from_json(cls, text: str) -> "Report":

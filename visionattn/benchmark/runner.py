@@ -1,6 +1,7 @@
 """Runs the candidates of a case: build, warm up, compare with the baseline, count, time in turn."""
 
 import gc
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -198,6 +199,8 @@ def _check(rows: list[Row], results: dict[str, list[Tensor]], baseline: str, set
         try:
             row.error, row.error_l2 = compare(own, reference)
             row.differs = not row.error <= tolerance
+            if math.isinf(row.error):  # not a number that JSON knows
+                row.error, row.error_l2, row.reason = None, None, "NaN or Inf in the result"
         except Exception as error:
             row.differs, row.reason = True, f"not comparable: {one_line(error)}"
 
