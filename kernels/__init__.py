@@ -3,5 +3,14 @@
 from visionattn.kernels._dispatch import BackendError, get_backend, set_backend, use_backend
 from visionattn.kernels.depthwise import depthwise_conv2d
 from visionattn.kernels.gated_pointwise import gated_pointwise
+from visionattn.kernels.neighborhood import neighborhood_attention
 
-__all__ = ["BackendError", "depthwise_conv2d", "gated_pointwise", "get_backend", "set_backend", "use_backend"]
+__all__ = [
+    "BackendError",
+    "depthwise_conv2d",
+    "gated_pointwise",
+    "get_backend",
+    "neighborhood_attention",
+    "set_backend",
+    "use_backend",
+]
