@@ -97,9 +97,8 @@ class EpochLines(Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
             shown = {"train/loss_epoch": "loss {:.4f}", "val/loss": "val loss {:.4f}", "val/acc1": "val top-1 {:.2f} %"}
-            parts = [
-                text.format(trainer.callback_metrics[k]) for k, text in shown.items() if k in trainer.callback_metrics
-            ]
+            metrics = trainer.callback_metrics
+            parts = [text.format(metrics[name]) for name, text in shown.items() if name in metrics]
             seconds = f"{time.perf_counter() - self.start:.1f} s"
             print(", ".join([f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", *parts, seconds]), flush=True)
 

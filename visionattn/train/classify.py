@@ -1,5 +1,6 @@
 """Image classification with any timm model."""
 
+from collections import Counter
 from typing import Any
 
 import lightning.pytorch as pl
@@ -100,7 +101,7 @@ class Classification(pl.LightningModule):
                 num_classes=num_classes,
             )
         self.metrics = torch.nn.ModuleDict({name: MeanMetric() for name in ("loss", "acc1", "acc5")})
-        self.bad_images = 0
+        self.unreadable: Counter[str] = Counter()
 
     # Set-up
 
@@ -135,7 +136,8 @@ class Classification(pl.LightningModule):
         steps = int(trainer.estimated_stepping_batches)
         epoch = steps / max(1, trainer.max_epochs or 1)
         warmup, total = round(p.warmup_epochs * epoch), round(steps - p.cooldown_epochs * epoch)
-        schedule = warmup_cosine(optimizer, min(warmup, steps), total, p.warmup_lr / lr, p.min_lr / lr)
+        start, end = min(1.0, p.warmup_lr / lr), min(1.0, p.min_lr / lr)
+        schedule = warmup_cosine(optimizer, min(warmup, steps), total, start, end)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"}}
 
     # Steps
@@ -156,7 +158,7 @@ class Classification(pl.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
         images, targets, unreadable = batch
-        self.bad_images += int(unreadable.sum())
+        self.unreadable["train"] += int(unreadable.sum())
         smoothing = self.hparams.label_smoothing
         if self.mixup is not None and len(images) > 1:
             even = len(images) // 2 * 2  # Mixup pairs the images up
@@ -168,8 +170,7 @@ class Classification(pl.LightningModule):
         return loss
 
     def on_train_epoch_end(self) -> None:
-        self.log("train/unreadable_images", float(self.bad_images), sync_dist=True, reduce_fx="sum")
-        self.bad_images = 0
+        self._report_unreadable("train")
 
     def on_validation_epoch_start(self) -> None:
         # Without SyncBatchNorm each process has its own running statistics; the checkpoint holds those of the first.
@@ -194,7 +195,7 @@ class Classification(pl.LightningModule):
 
     def _evaluate(self, batch: tuple[Tensor, Tensor, Tensor]) -> None:
         images, targets, unreadable = batch
-        self.bad_images += int(unreadable.sum())
+        self.unreadable["eval"] += int(unreadable.sum())
         logits = self(images).float()
         # Entries that only pad the last batch carry weight 0, so any number of processes counts every image once.
         counts = (targets != IGNORED).float()
@@ -206,10 +207,12 @@ class Classification(pl.LightningModule):
 
     def _report(self, stage: str) -> None:
         for name, metric in self.metrics.items():
-            self.log(f"{stage}/{name}", metric.compute(), prog_bar=name != "acc5")
-            metric.reset()
-        self.log(f"{stage}/unreadable_images", float(self.bad_images), sync_dist=True, reduce_fx="sum")
-        self.bad_images = 0
+            self.log(f"{stage}/{name}", metric, prog_bar=name != "acc5")
+        self._report_unreadable(stage, "eval")
+
+    def _report_unreadable(self, stage: str, counter: str | None = None) -> None:
+        count = float(self.unreadable.pop(counter or stage, 0))
+        self.log(f"{stage}/unreadable_images", count, sync_dist=True, reduce_fx="sum")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[CARD] = self.card

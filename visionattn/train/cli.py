@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import visionattn  # noqa: F401  (registers our models)
-from visionattn.train import data  # noqa: F401  (their short names work on the command line)
+import visionattn.train.data  # noqa: F401  (the short names of its classes work on the command line)
 from visionattn.train.callbacks import EpochLines, ExportWeights, best_checkpoint, check_disk
 from visionattn.train.classify import Classification
 from visionattn.train.data.base import ClassificationData
@@ -37,6 +37,9 @@ FREE_ON_RESUME = {"pretrained", "weights", "reset_head", "compile", "channels_la
 
 class Parser(LightningArgumentParser):
     """Ends with the one line that says what is wrong, instead of the usage text before it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)  # a misspelt flag is an error, not another flag
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:
@@ -147,7 +150,10 @@ class CLI(LightningCLI):
             kwargs["enable_progress_bar"] = False
             callbacks.append(EpochLines())
         kwargs["callbacks"] = callbacks
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except ValueError as error:
+            raise UserError(one_line(error)) from error
 
     # Runs
 
@@ -231,6 +237,8 @@ def run(args: list[str] | None = None) -> CLI:
     for chatter in (
         ".*does not have many workers",
         ".*number of training batches .* is smaller than the logging interval",
+        ".*Grad strides do not match bucket view strides",  # of 1x1 convolutions in channels-last
+        ".*your dataloader is not resumable",  # ours is, see ClassificationData.state_dict
         ".*callbacks used to create the checkpoint need to be provided",
         r".*isinstance\(treespec, LeafSpec\)",
     ):

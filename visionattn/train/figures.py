@@ -74,15 +74,14 @@ def draw_confusion(targets: np.ndarray, predicted: np.ndarray, names: list[str],
     np.add.at(counts, (targets, predicted), 1)
     share = counts / counts.sum(1, keepdims=True).clip(1)
     right, total = int(np.trace(counts)), int(counts.sum())
+    title = f"{right} of {total} right ({100 * right / total:.2f} %)"
     with plt.rc_context({**STYLE, "axes.grid": False}):
         side = 2 + 0.42 * len(names)
         figure, axis = plt.subplots(figsize=(side, side), layout="constrained")
         axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
         axis.set_xticks(range(len(names)), names, rotation=90 if max(map(len, names)) > 2 else 0)
         axis.set_yticks(range(len(names)), names)
-        axis.set(
-            xlabel="predicted", ylabel="true class", title=f"{right} of {total} right ({100 * right / total:.2f} %)"
-        )
+        axis.set(xlabel="predicted", ylabel="true class", title=title)
         for i, j in zip(*np.nonzero(counts), strict=True):
             axis.text(j, i, counts[i, j], ha="center", va="center", color="white" if share[i, j] > 0.5 else GREY)
             if i != j:

@@ -1,7 +1,6 @@
 """Reading checkpoints safely, saying exactly what does not fit, and describing a model so that a file is enough."""
 
 import json
-import pickle
 import sys
 import zipfile
 from pathlib import Path
@@ -34,7 +33,7 @@ def read_checkpoint(path: str) -> dict[str, Any]:
         raise UserError(f"no such checkpoint: {path}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # what a file that is no checkpoint raises depends on its bytes
         reason = one_line(error).split(". ")[0]
         raise UserError(f"{path} is not a checkpoint that loads safely ({reason}): save plain tensors") from error
     if not isinstance(content, dict):

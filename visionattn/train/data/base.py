@@ -1,6 +1,5 @@
 """What the data of every classification run share: loaders, checks, and what a model must know about its images."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,14 +7,7 @@ import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader
 
-from visionattn.train.data.sampling import (
-    EpochSampler,
-    ResumableLoader,
-    Samples,
-    Stream,
-    global_seed,
-    training_progress,
-)
+from visionattn.train.data.sampling import EpochSampler, Samples, Stream, global_seed
 from visionattn.train.errors import UserError
 
 
@@ -47,6 +39,7 @@ class ClassificationData(pl.LightningDataModule):
             raise UserError(f"data.num_workers is {num_workers}: it must be 0 (load in the main process) or more")
         self.batch_size, self.num_workers = batch_size, num_workers
         self.eval_batch_size = eval_batch_size or batch_size
+        self.resume_at = {"epoch": 0, "batch": 0}
 
     def dataset(self, split: str) -> tuple[Any, Callable[[int], str]]:
         """The data set of ``split`` (``"train"``, ``"val"`` or ``"test"``), and what names its images."""
@@ -55,9 +48,22 @@ class ClassificationData(pl.LightningDataModule):
     def check(self, splits: list[str]) -> None:
         """Look for damaged data before any work starts; raises ``UserError``."""
 
+    def state_dict(self) -> dict[str, int]:
+        """Where training is: the epoch, and how many of its batches are done."""
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        epoch, batch = divmod(done, int(self.trainer.num_training_batches))
+        return {"epoch": epoch, "batch": batch}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        # Lightning's own protocol, a loader with state, comes too late: asking for the number of steps to plan the
+        # learning rate creates the loader, whose workers then fetch ahead, before Lightning restores its state.
+        self.resume_at = state_dict
+
     def train_dataloader(self) -> DataLoader:
         loader = self._loader("train", self.batch_size, training=True)
-        loader.progress = functools.partial(training_progress, self.trainer)
+        if isinstance(loader.sampler, EpochSampler):
+            loader.sampler.set_epoch(self.resume_at["epoch"])
+            loader.sampler.skip = self.resume_at["batch"] * self.batch_size
         return loader
 
     def val_dataloader(self) -> DataLoader:
@@ -66,7 +72,7 @@ class ClassificationData(pl.LightningDataModule):
     def test_dataloader(self) -> DataLoader:
         return self._loader("test", self.eval_batch_size, training=False)
 
-    def _loader(self, split: str, batch_size: int, training: bool) -> ResumableLoader:
+    def _loader(self, split: str, batch_size: int, training: bool) -> DataLoader:
         dataset, name = self.dataset(split)
         world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         common = dict(
@@ -76,8 +82,8 @@ class ClassificationData(pl.LightningDataModule):
             persistent_workers=self.num_workers > 0,
         )
         if isinstance(dataset, torch.utils.data.IterableDataset):
-            return ResumableLoader(Stream(dataset), **common)
+            return DataLoader(Stream(dataset), **common)
         # Smaller sets than a batch are used whole; otherwise every step has the full batch, as schedules assume.
         full_batches = training and len(dataset) >= batch_size * world
         sampler = EpochSampler(dataset, world, rank, shuffle=training, seed=global_seed())
-        return ResumableLoader(Samples(dataset, name, training), sampler=sampler, drop_last=full_batches, **common)
+        return DataLoader(Samples(dataset, name, training), sampler=sampler, drop_last=full_batches, **common)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
+from torch.utils.data import Dataset, DistributedSampler, IterableDataset
 
 IGNORED = -1
 """Target of an entry that must not count: padding of the last batch, or an image that cannot be read."""
@@ -135,26 +135,3 @@ class Stream(IterableDataset):
 
     def set_epoch(self, epoch: int) -> None:
         self.dataset.set_epoch(epoch)
-
-
-class ResumableLoader(DataLoader):
-    """A loader that continues at the batch where a checkpoint was written.
-
-    Lightning calls ``state_dict`` when it saves and ``load_state_dict`` before it asks for the first batch.
-    """
-
-    progress: Callable[[], tuple[int, int]] = staticmethod(lambda: (0, 0))
-
-    def state_dict(self) -> dict[str, int]:
-        epoch, batch = self.progress()
-        return {"epoch": epoch, "batch": batch}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        if isinstance(self.sampler, EpochSampler):
-            self.sampler.set_epoch(state["epoch"])
-            self.sampler.skip = state["batch"] * self.batch_size
-
-
-def training_progress(trainer: Any) -> tuple[int, int]:
-    """The epoch that ``trainer`` is in, and the batches of it that are done."""
-    return divmod(trainer.fit_loop.epoch_loop.batch_progress.total.ready, int(trainer.num_training_batches))

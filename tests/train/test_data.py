@@ -1,0 +1,154 @@
+import shutil
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from timm.data.auto_augment import NAME_TO_OP
+
+from visionattn.train.data import Digits, Images
+from visionattn.train.data.transforms import train_transform
+from visionattn.train.errors import UserError
+
+
+def images(folder, **arguments):
+    return Images(root=str(folder), **({"img_size": 32, "batch_size": 4, "num_workers": 0} | arguments))
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def test_digits_have_a_fixed_split_without_overlap():
+    data = Digits()
+    (train, _), (val, _) = data.dataset("train"), data.dataset("val")
+    assert (len(train), len(val)) == (1437, 360)
+    again, _ = Digits().dataset("val")
+    assert [i.tobytes() for i in val.images] == [i.tobytes() for i in again.images]
+    assert not {i.tobytes() for i in train.images} & {i.tobytes() for i in val.images}
+
+
+def test_digits_come_in_the_requested_size():
+    image, _ = Digits(img_size=64).dataset("train")[0][0]
+    assert image.shape == (3, 64, 64)
+
+
+def test_preprocessing_follows_the_model(folder):
+    van = images(folder, model="van_b0", img_size=None).preprocess
+    assert (van["mean"], van["crop_pct"], van["input_size"]) == ([0.5, 0.5, 0.5], 0.9, [3, 224, 224])
+    resnet = images(folder, model="resnet18").preprocess
+    assert resnet["mean"] == [0.485, 0.456, 0.406]
+    assert images(folder, model="van_b0", mean=[0.1, 0.2, 0.3]).preprocess["mean"] == [0.1, 0.2, 0.3]
+
+
+def test_classes_keep_their_index_when_validation_lacks_one(folder):
+    shutil.rmtree(folder / "val" / "cat")
+    data = images(folder)
+    val, name = data.dataset("val")
+    assert data.class_names == ["cat", "dog", "owl"]
+    assert {(name(i).split("/")[-2], int(val[i][1])) for i in range(len(val))} == {("dog", 1), ("owl", 2)}
+
+
+def test_batches_hold_images_targets_and_unreadable_counts(folder):
+    pixels, targets, unreadable = next(iter(images(folder).val_dataloader()))
+    assert pixels.shape == (4, 3, 32, 32) and targets.tolist() == [0, 0, 0, 1] and unreadable.sum() == 0
+
+
+def make_empty(folder):
+    for file in (folder / "train" / "dog").iterdir():
+        file.unlink()
+
+
+def make_nested(folder):
+    (folder / "train" / "dog" / "more").mkdir()
+
+
+def make_extra(folder):
+    shutil.copytree(folder / "val" / "dog", folder / "val" / "wolf")
+
+
+def make_flat(folder):
+    shutil.rmtree(folder / "train")
+    shutil.rmtree(folder / "val")
+
+
+def break_one(folder):
+    truncate(folder / "train" / "owl" / "3.png")
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (make_empty, r"no images in class folder .*dog: fill or remove it"),
+        (make_nested, r"class folder .*dog has folders inside"),
+        (make_extra, r"classes that training does not know: wolf"),
+        (make_flat, r"no 'val' folder in .*expected"),
+        (break_one, r"1 unreadable images in train: .*owl/3.png. Remove them, or skip"),
+        (shutil.rmtree, r"no such data folder"),
+    ],
+)
+def test_damaged_folders_are_refused_before_work_starts(folder, damage, message):
+    damage(folder)
+    with pytest.raises(UserError, match=message):
+        images(folder).check(["train", "val"])
+
+
+def test_unreadable_images_can_be_skipped(folder, capsys):
+    break_one(folder)
+    data = images(folder, bad_images="skip", batch_size=24)
+    data.check(["train", "val"])
+    assert "1 unreadable images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["batch_size", "eval_batch_size", "img_size"])
+def test_sizes_below_one_are_refused(folder, name):
+    with pytest.raises(UserError, match=f"data.{name} is 0: it must be at least 1"):
+        images(folder, **{name: 0})
+
+
+def test_another_number_of_classes_than_asked_for_is_refused(folder):
+    with pytest.raises(UserError, match="data.num_classes is 5, but .* has 3 classes"):
+        images(folder, num_classes=5)
+
+
+def test_missing_reader_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "webdataset", None)
+    monkeypatch.delitem(sys.modules, "timm.data.readers.reader_wds", raising=False)
+    with pytest.raises(UserError, match="wds/x.*webdataset"):
+        Images(dataset="wds/x", num_classes=2, root="/").dataset("train")
+
+
+def test_torchvision_data_sets_are_read(folder):
+    data = images(folder, dataset="torch/image_folder")
+    assert data.class_names == ["cat", "dog", "owl"]
+    assert next(iter(data.val_dataloader()))[0].shape == (4, 3, 32, 32)
+
+
+def test_streams_are_read_and_told_the_epoch(monkeypatch):
+    class Stream(torch.utils.data.IterableDataset):
+        transform = epoch = None
+
+        def __iter__(self):
+            return ((self.transform(Image.new("RGB", (40, 40))), n % 2) for n in range(6))
+
+        def __len__(self):
+            return 6
+
+        def set_epoch(self, epoch):
+            self.epoch = epoch
+
+    monkeypatch.setattr("visionattn.train.data.images.create_dataset", lambda *_, **__: Stream())
+    loader = Images(dataset="wds/x", num_classes=2, img_size=32, batch_size=4, num_workers=0).val_dataloader()
+    assert [batch[1].tolist() for batch in loader] == [[0, 1, 0, 1], [0, 1]]
+    loader.dataset.set_epoch(3)
+    assert loader.dataset.dataset.epoch == 3
+
+
+def test_increasing_policies_work_with_every_pillow():
+    before = dict(NAME_TO_OP)
+    # Magnitude 10 asks for 0 bits, which Pillow 13 refuses.
+    transform = train_transform(input_size=32, auto_augment="rand-m10-n8-inc1", interpolation="bicubic")
+    assert dict(NAME_TO_OP) == before
+    for seed in range(30):
+        torch.manual_seed(seed)
+        assert transform(Image.new("RGB", (40, 40), "red")).shape == (3, 32, 32)

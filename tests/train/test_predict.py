@@ -1,0 +1,72 @@
+import csv
+import json
+
+import pytest
+import timm
+import torch
+
+from visionattn.train.cli import run
+from visionattn.train.data import Digits
+from visionattn.train.errors import UserError
+from visionattn.train.predict import predict
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Four validation digits as image files, one in a folder below."""
+    digits, _ = Digits().dataset("val")
+    (tmp_path / "in" / "below").mkdir(parents=True)
+    for n, name in enumerate(("a.png", "b.png", "c.jpg", "below/d.png")):
+        digits.images[n].save(tmp_path / "in" / name)
+    return tmp_path / "in"
+
+
+@pytest.mark.parametrize("name", ["last.ckpt", "model.safetensors"])
+def test_a_checkpoint_is_enough_to_predict(run_dir, pictures, tmp_path, capsys, name):
+    output = tmp_path / "out" / "p.json"
+    run(["predict", "--ckpt", str(run_dir / "checkpoints" / name), str(pictures), "--output", str(output)])
+    results = json.loads(output.read_text())
+    assert [result["file"].rsplit("/", 1)[1] for result in results] == ["a.png", "b.png", "d.png", "c.jpg"]
+    for result in results:
+        shares = [c["probability"] for c in result["classes"]]
+        assert len(shares) == 5 and shares == sorted(shares, reverse=True) and sum(shares) <= 1.0001
+        assert all(c["label"] in "0123456789" for c in result["classes"])
+    assert "a.png" in capsys.readouterr().out
+
+
+def test_predictions_equal_those_of_validation(run_dir, pictures, tmp_path):
+    checkpoint = str(run_dir / "checkpoints" / "last.ckpt")
+    (result,) = predict([str(pictures / "a.png")], checkpoint, output=str(tmp_path / "p.json"), topk=10)
+    data = Digits()
+    cli = run(["validate", "--data=Digits", f"--ckpt_path={checkpoint}"])
+    with torch.inference_mode():
+        scores = cli.model.eval()(data.dataset("val")[0][0][0][None]).softmax(-1)[0]
+    assert {c["label"]: c["probability"] for c in result["classes"]} == pytest.approx(
+        {str(n): p for n, p in enumerate(scores.tolist())}, abs=1e-4
+    )
+
+
+def test_tables_can_be_written(run_dir, pictures, tmp_path):
+    predict([str(pictures)], str(run_dir / "checkpoints" / "last.ckpt"), output=str(tmp_path / "p.csv"), topk=2)
+    with open(tmp_path / "p.csv") as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == 4 and list(table[0]) == ["file", "label1", "probability1", "label2", "probability2"]
+
+
+def test_unreadable_images_are_named_and_skipped(run_dir, pictures, tmp_path, capsys):
+    (pictures / "b.png").write_bytes(b"no image")
+    results = predict([str(pictures)], str(run_dir / "checkpoints" / "last.ckpt"), output=str(tmp_path / "p.json"))
+    assert len(results) == 3 and "skipped 1 unreadable images" in (err := capsys.readouterr().err) and "b.png" in err
+
+
+def test_nothing_readable_is_an_error(run_dir, tmp_path):
+    (tmp_path / "b.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match="none of the 1 images can be read"):
+        predict([str(tmp_path)], str(run_dir / "checkpoints" / "last.ckpt"))
+
+
+def test_published_models_name_the_classes_of_imagenet(pictures, tmp_path, monkeypatch):
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: create(name))  # without the download
+    results = predict([str(pictures / "a.png")], model="test_resnet", output=str(tmp_path / "p.json"))
+    assert not results[0]["classes"][0]["label"].isdigit()
