@@ -8,7 +8,7 @@ looks for what can run; any other is a demand, and one that cannot be met raises
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -69,14 +69,16 @@ def use_backend(name: str | None) -> Iterator[None]:
         _setting = before
 
 
-def choose(op: str, x: Tensor, backend: str | None, unsupported: str | None, prefer_triton: bool = True) -> str:
+def choose(
+    op: str, x: Tensor, backend: str | None, unsupported: Callable[[], str | None], prefer_triton: bool = True
+) -> str:
     """Return the backend that runs one call of an operator.
 
     Args:
         op: Name of the operator, for messages.
         x: The input that tells device and dtype.
         backend: The caller's ``backend=`` argument.
-        unsupported: What of this call the Triton kernels do not cover, ``None`` if they cover it.
+        unsupported: Tells what of this call the Triton kernels do not cover, ``None`` if they cover it.
         prefer_triton: Whether the kernels are expected to be faster where both could run.
 
     Raises:
@@ -85,13 +87,14 @@ def choose(op: str, x: Tensor, backend: str | None, unsupported: str | None, pre
     """
     name = _checked(backend, "backend") if backend is not None else get_backend()
     if name == "triton":
-        reason = unsupported or _triton.unavailable(x.device)
+        reason = unsupported() or _triton.unavailable(x.device)
         if reason:
             raise BackendError(f"{op}: backend 'triton' cannot run this call: {reason}; use backend=None or 'torch'")
     if name is not None:
         return name
-    automatic = prefer_triton and x.is_cuda and unsupported is None and not exporting()
-    return "triton" if automatic and _triton.unavailable(x.device) is None else "torch"
+    if not x.is_cuda or not prefer_triton or exporting():
+        return "torch"
+    return "torch" if unsupported() or _triton.unavailable(x.device) else "triton"
 
 
 def exporting() -> bool:

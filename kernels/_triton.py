@@ -21,7 +21,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-import sys
 from collections.abc import Callable
 
 import torch
@@ -66,22 +65,17 @@ def load_kernels(scope: dict) -> None:
             scope[name] = triton.jit(value.fn)
 
 
-@functools.cache
-def triton_available() -> bool:
-    """Whether Triton is installed; does not import it."""
-    return importlib.util.find_spec("triton") is not None
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None  # does not import it
 
 
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter, which takes CPU tensors too (``TRITON_INTERPRET=1``)."""
-    if "triton" in sys.modules:
-        return bool(sys.modules["triton"].knobs.runtime.interpret)
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
 def unavailable(device: torch.device) -> str | None:
     """Why Triton cannot run on tensors of ``device`` and what to do about it; ``None`` if it can."""
-    if not triton_available():
+    if not TRITON_INSTALLED:
         return "Triton is not installed (pip install triton; it exists for Linux)"
     if device.type != "cuda" and not (device.type == "cpu" and interpreting()):
         return (

@@ -12,9 +12,9 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from visionattn.kernels import _dispatch, _triton
+from visionattn.kernels._flops import flop_formula
 from visionattn.kernels._triton import jit, tl
 
 TRITON_SIDES = (3, 5, 7)
@@ -147,7 +147,8 @@ def _depthwise_fwd(
             total = total + (tl.zeros([BLOCK_R, BLOCK_C], ACC) + tl.load(bias + c, c_in, other=0.0).to(ACC)[None, :],)
         else:
             total = total + (tl.zeros([BLOCK_R, BLOCK_C], ACC),)
-    for i in range(K):
+    i = 0
+    while i < K + tl.minimum(n_runs, 0):  # a bound the compiler cannot see: unrolled, it takes all registers on AMD
         shift = (i - K // 2) * dilation
         row_in = (run < n_runs) & (y + shift >= 0) & (y + shift < H)
         line = x + (row + shift).to(tl.int64)[:, None] * W * C + c[None, :]
@@ -165,6 +166,7 @@ def _depthwise_fwd(
                 else:
                     sums = sums + (total[t],)
             total = sums
+        i += 1
     line = out + row.to(tl.int64)[:, None] * W * C + c[None, :]
     for t in tl.static_range(RUN):
         at = col + t * dilation
@@ -246,10 +248,11 @@ def _launch(x: Tensor, kernel_side: int, dilation: int) -> tuple[dict, tuple, in
 
 @torch.library.custom_op("visionattn::depthwise_conv2d", mutates_args=())
 def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
-    """x in channels_last."""
+    """Returns channels_last, whatever the format of x."""
     out = torch.empty_like(x, memory_format=_CHANNELS_LAST)
     if x.numel() == 0:
         return out
+    x, bias = _dispatch.channels_last(x), None if bias is None else bias.contiguous()
     K = weight.shape[-1]
     config, sizes, c_blocks = _launch(x, K, dilation)
     taps = weight.reshape(-1, K * K).t().contiguous()  # neighbouring channels side by side, as in the map
@@ -265,7 +268,7 @@ def _(x, weight, bias, dilation):
 
 @torch.library.custom_op("visionattn::depthwise_conv2d_weight_grad", mutates_args=())
 def _depthwise_weight_grad(grad: Tensor, x: Tensor, kernel_side: int, dilation: int) -> tuple[Tensor, Tensor]:
-    """Gradients of weight and bias; grad and x in channels_last. Partial sums first, then their sum: no atomics."""
+    """Gradients of weight and bias: partial sums first, then their sum, without atomics."""
     K, C = kernel_side, x.shape[1]
     if x.numel() == 0:
         return x.new_zeros(C, 1, K, K), x.new_zeros(C)
@@ -274,6 +277,7 @@ def _depthwise_weight_grad(grad: Tensor, x: Tensor, kernel_side: int, dilation: 
     splits = -(-sizes[0] // (config["BLOCK_R"] * WEIGHT_GRAD_STEPS))
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     parts = torch.empty(splits, K * K + 1, C, device=x.device, dtype=dtype)
+    grad, x = _dispatch.channels_last(grad), _dispatch.channels_last(x)
     _depthwise_bwd_weight[(splits, K, c_blocks)](grad, x, parts, *sizes, **config)
     total = parts.sum(0).to(x.dtype)
     return total[:-1].t().reshape(C, 1, K, K).contiguous(), total[-1].clone()
@@ -318,12 +322,12 @@ def _backward_weight_grad(ctx, grad_weight, grad_bias):
 _depthwise_weight_grad.register_autograd(_backward_weight_grad, setup_context=_save_weight_grad)
 
 
-@register_flop_formula(torch.ops.visionattn.depthwise_conv2d)
+@flop_formula("depthwise_conv2d")
 def _flops(x_shape, weight_shape, *args, **kwargs) -> int:
     return 2 * math.prod(x_shape) * math.prod(weight_shape[2:])
 
 
-@register_flop_formula(torch.ops.visionattn.depthwise_conv2d_weight_grad)
+@flop_formula("depthwise_conv2d_weight_grad")
 def _flops_weight_grad(grad_shape, x_shape, kernel_side, *args, **kwargs) -> int:
     return 2 * math.prod(x_shape) * kernel_side**2
 
@@ -354,8 +358,9 @@ def depthwise_conv2d(
         ValueError: If shapes, dtypes or devices do not fit together, or ``backend`` is unknown.
         BackendError: If the backend that was asked for cannot run this call.
     """
-    _check(x, weight, bias, dilation)
-    chosen = _dispatch.choose("depthwise_conv2d", x, backend, _unsupported(x, weight))
+    if not torch.jit.is_tracing():  # which warns of every comparison
+        _check(x, weight, bias, dilation)
+    chosen = _dispatch.choose("depthwise_conv2d", x, backend, lambda: _unsupported(x, weight))
     return _IMPLEMENTATIONS[chosen](x, weight, bias, dilation)
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from visionattn.kernels import _dispatch, _triton
+from visionattn.kernels._flops import flop_formula
 from visionattn.kernels._triton import jit, tl
 
 _CHANNELS_LAST = torch.channels_last
@@ -22,7 +22,10 @@ def gated_pointwise_reference(x: Tensor, weight: Tensor, bias: Tensor | None, ga
 
 
 def gated_pointwise_torch(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor) -> Tensor:
-    """The fastest form known in plain PyTorch operators. Arguments as in :func:`gated_pointwise`."""
+    """The fastest form known in plain PyTorch operators. Arguments as in :func:`gated_pointwise`.
+
+    It is the reference: on the CPU ``F.linear``, ``addmm`` and an own backward all measured within 3 % of it or slower.
+    """
     return gated_pointwise_reference(x, weight, bias, gate)
 
 
@@ -67,7 +70,7 @@ def launch_configs(dtype: torch.dtype) -> list[tuple[int, int, dict[str, int]]]:
 
 @torch.library.custom_op("visionattn::gated_pointwise", mutates_args=())
 def _gated_pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor) -> Tensor:
-    """x and gate in channels_last."""
+    """Returns channels_last, whatever the format of x and gate."""
     out = _empty_result(x, gate)
     if out.numel() == 0:
         return out
@@ -76,7 +79,8 @@ def _gated_pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tenso
     config = launch_config(C, D, x.dtype)
     config |= {"ACC": _triton.accumulator(x.dtype), "PRECISION": _precision()}
     grid = (-(-M // config["BLOCK_M"]) * -(-D // config["BLOCK_D"]),)
-    weight = weight.contiguous()
+    x, gate = _dispatch.channels_last(x), _dispatch.channels_last(gate)
+    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     _gated_pointwise_fwd[grid](
         x, weight, weight if bias is None else bias, gate, out, M, D, C=C, HAS_BIAS=bias is not None, **config
     )
@@ -126,7 +130,7 @@ def _backward(ctx, grad):
 _gated_pointwise.register_autograd(_backward, setup_context=_save)
 
 
-@register_flop_formula(torch.ops.visionattn.gated_pointwise)
+@flop_formula("gated_pointwise")
 def _flops(x_shape, weight_shape, *args, **kwargs) -> int:
     B, C, H, W = x_shape
     return 2 * B * H * W * C * weight_shape[0]
@@ -156,10 +160,13 @@ def gated_pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor
         ValueError: If shapes, dtypes or devices do not fit together, or ``backend`` is unknown.
         BackendError: If the backend that was asked for cannot run this call.
     """
-    _check(x, weight, bias, gate)
+    if not torch.jit.is_tracing():  # which warns of every comparison
+        _check(x, weight, bias, gate)
     # Without tensor cores the product is bound by arithmetic, and cuBLAS is better at that than one kernel for all.
     tensor_cores = x.dtype.itemsize == 2 or torch.is_autocast_enabled(x.device.type)
-    chosen = _dispatch.choose("gated_pointwise", x, backend, _dispatch.unsupported(x), prefer_triton=tensor_cores)
+    chosen = _dispatch.choose(
+        "gated_pointwise", x, backend, lambda: _dispatch.unsupported(x), prefer_triton=tensor_cores
+    )
     return _IMPLEMENTATIONS[chosen](x, weight, bias, gate)
 
 

@@ -1,0 +1,99 @@
+"""Compile the Triton kernels for a GPU that need not be here; print what each needs, as JSON.
+
+    python tests/kernels/aot_compile.py sm_90 bf16,fp32 every
+
+"some" instead of "every" takes the largest kernel only. Must run without TRITON_INTERPRET.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+from visionattn.kernels import _triton, depthwise_conv2d, gated_pointwise
+
+depthwise, pointwise = (sys.modules[op.__module__] for op in (depthwise_conv2d, gated_pointwise))
+TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)}
+TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+SIZES = ("n_runs", "runs_per_row", "C", "H", "W", "dilation", "M", "D")
+
+
+def launches(dtype: str, every: bool):
+    """Yield kernel, constants and the divisibility by 16 of its channel counts, for every launch of a dtype."""
+    acc = tl.float64 if dtype == "fp64" else tl.float32
+    for C, config in depthwise.launch_configs(DTYPES[dtype]):
+        if every or (config["RUN"], config["K"]) == (5, 7):
+            steps = {"STEPS": depthwise.WEIGHT_GRAD_STEPS}
+            yield depthwise._depthwise_bwd_weight, config | steps | {"ACC": acc}, C % 16 == 0
+            for bias in (True, False) if every else (True,):  # without: the gradient of the input
+                yield depthwise._depthwise_fwd, config | {"HAS_BIAS": bias, "ACC": acc}, C % 16 == 0
+    for C, D, config in pointwise.launch_configs(DTYPES[dtype]):
+        for precision in ("ieee", "tf32") if every and dtype == "fp32" else ("ieee",):
+            constants = {"C": C, "HAS_BIAS": True, "ACC": acc, "PRECISION": precision}
+            yield pointwise._gated_pointwise_fwd, config | constants, D % 16 == 0
+
+
+def compiled(kernel, dtype: str, constants: dict, divisible: bool, target: GPUTarget):
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
+    sums = "fp64" if dtype == "fp64" else "fp32"
+    partial = kernel is depthwise._depthwise_bwd_weight
+    signature, attributes = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in SIZES:
+            signature[name] = "i32"
+        else:
+            signature[name] = "*" + (sums if partial and name == "out" else dtype)
+        if signature[name].startswith("*") or (divisible and name in ("C", "D") and name not in constants):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
+
+
+def resources(program) -> dict[str, int]:
+    """Registers per thread, spills (bytes; on AMD registers) and shared memory of a compiled kernel."""
+    shared = program.metadata.shared
+    if "amdgcn" in program.asm:
+        found = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", program.asm["amdgcn"]))
+        return {"registers": int(found["vgpr_count"]), "spilled": int(found["vgpr_spill_count"]), "shared": shared}
+    name = re.search(r"\.target\s+(sm_\w+)", program.asm["ptx"])[1]
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
+        ptx.write(program.asm["ptx"])
+        ptx.flush()
+        command = [
+            get_ptxas(program.metadata.target.arch).path,
+            "-v",
+            f"--gpu-name={name}",
+            ptx.name,
+            "-o",
+            "/dev/null",
+        ]
+        log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    spilled = sum(map(int, re.findall(r"(\d+) bytes spill", log)))
+    return {"registers": int(re.search(r"Used (\d+) registers", log)[1]), "spilled": spilled, "shared": shared}
+
+
+def main() -> None:
+    target, dtypes, extent = sys.argv[1:]
+    for module in (depthwise, pointwise):
+        _triton.load_kernels(vars(module))
+    rows = []
+    for dtype in dtypes.split(","):
+        for kernel, constants, divisible in launches(dtype, extent == "every"):
+            row = {"kernel": kernel.__name__, "dtype": dtype, "divisible": divisible}
+            row |= {name: value for name, value in constants.items() if name != "ACC"}
+            rows.append(row | resources(compiled(kernel, dtype, dict(constants), divisible, TARGETS[target])))
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()

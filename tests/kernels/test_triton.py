@@ -1,0 +1,20 @@
+"""Runs the cases of triton_cases.py, in a process of their own: in Triton's interpreter, or on a GPU."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+CASES = str(Path(__file__).with_name("triton_cases.py"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU runs the kernels themselves")
+def test_kernels_in_the_interpreter(run_python):
+    run_python("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", CASES, TRITON_INTERPRET="1")
+
+
+@pytest.mark.gpu
+def test_kernels_on_the_gpu(run_python):
+    print(run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", CASES, TRITON_INTERPRET=None))
