@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from visionattn.attention import LargeKernelAttention
 from visionattn.backbone import Pyramid, Stage
-from visionattn.blocks import ScaledResidual2d
+from visionattn.blocks import ScaledResidual2d, in_slices
 from visionattn.weights import pretrained_cfgs
 
 __all__ = ["VAN"]
@@ -51,8 +51,18 @@ class ConvMlp(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return self._mlp(x)
+        else:
+            return self._sliced(x)
+
+    def _mlp(self, x: Tensor) -> Tensor:
         x = self.drop(self.act(self.dwconv(self.fc1(x))))
         return self.drop(self.fc2(x))
+
+    @torch.jit.unused
+    def _sliced(self, x: Tensor) -> Tensor:
+        return in_slices(self._mlp, x, widest=self.fc1.out_channels)
 
 
 class Block(nn.Module):

@@ -105,12 +105,16 @@ def exporting() -> bool:
     return exported or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
 
 
+def autocasting(x: Tensor) -> bool:
+    """Whether autocast is on for the device of ``x``; devices that have none, such as meta, answer no."""
+    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+
+
 def autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     """Under autocast, cast to the autocast dtype as a convolution does."""
-    device = x.device.type
-    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+    if not autocasting(x) or x.dtype == torch.float64:
         return x, *others
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(x.device.type)
     return tuple(None if t is None else t.to(dtype) for t in (x, *others))
 
 
@@ -139,7 +143,7 @@ def check_same(x: Tensor, **others: Tensor | None) -> None:
     Raises:
         ValueError: Naming the tensor that is not.
     """
-    cast = torch.is_autocast_enabled(x.device.type)
+    cast = autocasting(x)
     for name, tensor in others.items():
         if tensor is None:
             continue

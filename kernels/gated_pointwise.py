@@ -163,7 +163,7 @@ def gated_pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor
     if not torch.jit.is_tracing():  # which warns of every comparison
         _check(x, weight, bias, gate)
     # Without tensor cores the product is bound by arithmetic, and cuBLAS is better at that than one kernel for all.
-    tensor_cores = x.dtype.itemsize == 2 or torch.is_autocast_enabled(x.device.type)
+    tensor_cores = x.dtype.itemsize == 2 or _dispatch.autocasting(x)
     chosen = _dispatch.choose(
         "gated_pointwise", x, backend, lambda: _dispatch.unsupported(x), prefer_triton=tensor_cores
     )

@@ -122,7 +122,7 @@ def _check(
                 f"kernel_size * dilation must not exceed the map: {K} * {d} = {K * d} on spatial axis {axis} of "
                 f"length {L}; pad the map, or take a smaller window"
             )
-    cast = torch.is_autocast_enabled(q.device.type)
+    cast = _dispatch.autocasting(q)
     for name, tensor in (("k", k), ("v", v), ("bias", bias)):
         if tensor is not None and tensor.device != q.device:
             raise ValueError(f"{name} must be on {q.device} as q is, got {tensor.device}")

@@ -1,10 +1,36 @@
 """Pieces that blocks of several families share."""
 
+from collections.abc import Callable
+
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-__all__ = ["ScaledResidual2d"]
+__all__ = ["ScaledResidual", "ScaledResidual2d", "in_slices"]
+
+# Twice a core's second-level cache or a share of the third. Measured on VAN at 224 px, batch 8, two threads: 1.8 times
+# (B0) and 1.4 times (B2) the speed of whole batches, whose maps above 32 MiB the allocator returns to the system
+# after every operator and gets back page by page. 4 MiB is as good, 16 a little worse.
+SLICE_BYTES = 8 * 2**20
+
+
+def in_slices(branch: Callable[[Tensor], Tensor], x: Tensor, widest: int) -> Tensor:
+    """``branch(x)``, a few samples at a time where that keeps its widest map in the CPU's cache.
+
+    Only inference on a CPU is sliced: training keeps every map anyway, and compilers and exporters get the plain call.
+
+    Args:
+        branch: Function of each sample alone, such as an MLP.
+        x: Batch of maps. [B, C, H, W]
+        widest: Channels of the widest map inside ``branch``, at the resolution of ``x``.
+    """
+    plain = type(x) is not Tensor or x.device.type != "cpu" or torch.is_grad_enabled()
+    if plain or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return branch(x)
+    samples = max(1, SLICE_BYTES // max(1, widest * x[0, 0].numel() * x.element_size())) if len(x) else 1
+    if samples >= len(x):
+        return branch(x)
+    return torch.cat([branch(part) for part in x.split(samples)])
 
 
 class ScaledResidual2d(nn.Module):
@@ -33,3 +59,36 @@ class ScaledResidual2d(nn.Module):
         if self.training and self.drop_prob > 0.0:
             return x + self.drop_path(branch * gamma)
         return torch.addcmul(x, branch, gamma)
+
+
+class ScaledResidual(nn.Module):
+    """``x + drop_path(gamma * branch)`` with the channels last; without layer scale, ``x + drop_path(branch)``.
+
+    Args:
+        dim: Channels; ``gamma`` is the learned layer scale of each.
+        init_value: What ``gamma`` starts at; None for no layer scale.
+        drop_path: Probability of leaving the branch out of a training sample.
+    """
+
+    def __init__(
+        self, dim: int, init_value: float | None = None, drop_path: float = 0.0, device=None, dtype=None
+    ) -> None:
+        super().__init__()
+        self.init_value = init_value
+        self.drop_prob = drop_path
+        gamma = None if init_value is None else nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
+        self.register_parameter("gamma", gamma)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.gamma is not None:
+            nn.init.constant_(self.gamma, self.init_value)
+
+    def forward(self, x: Tensor, branch: Tensor) -> Tensor:
+        """Shortcut and branch, both [B, ..., C], to their sum."""
+        if self.gamma is None:
+            return x + self.drop_path(branch)
+        if self.training and self.drop_prob > 0.0:
+            return x + self.drop_path(branch * self.gamma)
+        return torch.addcmul(x, branch, self.gamma)

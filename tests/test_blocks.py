@@ -1,0 +1,61 @@
+import pytest
+import torch
+from torch import nn
+
+from visionattn import blocks
+from visionattn.blocks import ScaledResidual2d, in_slices
+
+
+class Recorder(nn.Module):
+    """Doubles its input and remembers how many samples each call had."""
+
+    def __init__(self):
+        super().__init__()
+        self.batches = []
+
+    def forward(self, x):
+        self.batches.append(len(x))
+        return 2 * x
+
+
+@pytest.mark.parametrize(
+    ("batch", "slice_bytes", "expected"),
+    [(5, 2 * 16 * 12 * 4, [2, 2, 1]), (5, 1, [1] * 5), (5, 10**9, [5]), (0, 1, [0]), (1, 1, [1])],
+)
+def test_inference_runs_as_many_samples_at_a_time_as_fit(monkeypatch, batch, slice_bytes, expected):
+    monkeypatch.setattr(blocks, "SLICE_BYTES", slice_bytes)
+    branch = Recorder()
+    x = torch.randn(batch, 3, 3, 4).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        y = in_slices(branch, x, widest=16)
+    assert branch.batches == expected
+    torch.testing.assert_close(y, 2 * x)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_training_is_not_sliced(monkeypatch):
+    monkeypatch.setattr(blocks, "SLICE_BYTES", 1)
+    branch = Recorder()
+    in_slices(branch, torch.randn(5, 3, 3, 4), widest=16)
+    assert branch.batches == [5]
+
+
+def test_sliced_inference_of_a_network_equals_the_whole(monkeypatch):
+    import timm
+
+    import visionattn  # noqa: F401
+
+    model = timm.create_model("van_b0", depths=(1, 1, 1, 1)).eval()
+    x = torch.randn(3, 3, 64, 64)
+    expected = model(x).detach()
+    monkeypatch.setattr(blocks, "SLICE_BYTES", 1)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_residual_drops_whole_samples_only_in_training(training):
+    layer = ScaledResidual2d(4, init_value=0.5, drop_path=0.5).train(training)
+    x, branch = torch.zeros(64, 4, 2, 2), torch.ones(64, 4, 2, 2)
+    kinds = {tuple(sample.unique().tolist()) for sample in layer(x, branch)}
+    assert kinds == ({(0.0,), (1.0,)} if training else {(0.5,)})
