@@ -2,11 +2,11 @@
 
 import timm
 
-from visionattn.backbones import van
+from visionattn.backbones import dinat, nat, van
 
-__all__ = ["list_models", "van"]
+__all__ = ["dinat", "list_models", "nat", "van"]
 
-_MODULES = (van,)
+_MODULES = (dinat, nat, van)
 
 
 def list_models(filter: str = "", pretrained: bool = False) -> list[str]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from visionattn.attention import LargeKernelAttention
 from visionattn.backbone import Pyramid, Stage
-from visionattn.blocks import ScaledResidual2d, in_slices
+from visionattn.blocks import ScaledResidual2d, in_slices, to_channels_last
 from visionattn.weights import pretrained_cfgs
 
 __all__ = ["VAN"]
@@ -96,7 +96,7 @@ class OverlapPatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # One layout from the first convolution on; the rest of the network keeps it without copies.
-        return self.norm(self.proj(x.contiguous(memory_format=torch.channels_last)))
+        return self.norm(self.proj(to_channels_last(x)))
 
 
 class VAN(Pyramid):

@@ -18,21 +18,29 @@ class Stage(nn.Module):
         downsample: Halves the map, or ``nn.Identity()`` where the stem already did the work.
         blocks: Applied in order; this is where gradient checkpointing cuts.
         norm: Norm in the main path at the end of the stage, if the family has one.
+        nhwc: The blocks work on [B, H, W, C], a free view of the map; downsample and norm see [B, C, H, W].
     """
 
-    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module], norm: nn.Module | None = None) -> None:
+    def __init__(
+        self, downsample: nn.Module, blocks: Sequence[nn.Module], norm: nn.Module | None = None, nhwc: bool = False
+    ) -> None:
         super().__init__()
         self.grad_checkpointing = False
+        self.nhwc = nhwc
         self.downsample = downsample
         self.blocks = nn.Sequential(*blocks)
         self.norm = nn.Identity() if norm is None else norm
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
+        if self.nhwc:
+            x = x.permute(0, 2, 3, 1)
         if self.grad_checkpointing and not torch.jit.is_scripting():
             x = checkpoint_seq(self.blocks, x)
         else:
             x = self.blocks(x)
+        if self.nhwc:
+            x = x.permute(0, 3, 1, 2)
         return self.norm(x)
 
 

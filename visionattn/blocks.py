@@ -14,6 +14,14 @@ __all__ = ["ScaledResidual", "ScaledResidual2d", "in_slices"]
 SLICE_BYTES = 8 * 2**20
 
 
+def to_channels_last(x: Tensor) -> Tensor:
+    """The map with its channels side by side in memory; no copy if they are. [B, C, H, W]
+
+    Written with ``permute``, which ``torch.func.vmap`` knows, unlike ``contiguous(memory_format=...)``.
+    """
+    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
 def in_slices(branch: Callable[[Tensor], Tensor], x: Tensor, widest: int) -> Tensor:
     """``branch(x)``, a few samples at a time where that keeps its widest map in the CPU's cache.
 

@@ -19,6 +19,8 @@ import visionattn
 
 # One registered name of each family, with arguments that make it small without changing its kind.
 SMALL = {
+    "dinat_small": dict(embed_dim=8, depths=(2, 2, 2, 1), num_heads=(1, 2, 2, 2), kernel_size=3, drop_path_rate=0.1),
+    "nat_small": dict(embed_dim=8, depths=(1, 1, 2, 1), num_heads=(1, 2, 2, 2), kernel_size=3, drop_path_rate=0.1),
     "van_b0": dict(embed_dims=(8, 12, 16, 20), depths=(1, 1, 2, 1), mlp_ratios=(2, 2, 2, 2), drop_path_rate=0.1),
 }
 SIZE = 64
@@ -297,6 +299,21 @@ def test_autocast_trains(name):
         output = model(images())
     output.float().square().sum().backward()
     assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+@each_family
+def test_per_sample_gradients(name):
+    model = small(name).eval()
+    parameters = {n: p.detach() for n, p in model.named_parameters()}
+    x = images(batch=3)
+
+    def loss(params, image):
+        return torch.func.functional_call(model, params, (image[None],)).square().sum()
+
+    grads = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    single = torch.func.grad(loss)(parameters, x[1])
+    for n in parameters:
+        torch.testing.assert_close(grads[n][1], single[n], rtol=1e-4, atol=1e-5, msg=n)
 
 
 @each_family

@@ -19,15 +19,25 @@ class Case:
     tolerance: float
     maps: dict[str, str] = field(default_factory=dict)
     kwargs: dict = field(default_factory=dict)
+    nhwc: bool = False  # how the authors' maps were recorded
 
 
 VAN_MAPS = {"patch_embed1": "stem", "pooled": "head.global_pool", "stage4_before_norm": "stages.3.blocks"} | {
     f"stage{i + 1}": f"stages.{i}" for i in range(4)
 }
+NAT_MAPS = {"embed": "stem", "final_norm": "norm"} | {f"stage{i}": f"stages.{i}" for i in range(4)}
 CASES = [
     # 1e-6 tells a wrong norm eps (2.5e-6) from rounding (4e-7).
     Case("van/van_b0", "van_b0", 1e-6, VAN_MAPS),
     Case("van/van_b2", "van_b2", 1e-6, VAN_MAPS),
+    # 1.5e-6 tells a wrong eps in the tokenizer (2e-6) from rounding (4e-7).
+    Case("nat/nat_mini", "nat_mini", 1.5e-6, NAT_MAPS, nhwc=True),
+    Case("nat/nat_mini_pad_256x192", "nat_mini", 1.5e-6, NAT_MAPS, nhwc=True),
+    Case("nat/nat_small", "nat_small", 1.5e-6, NAT_MAPS, nhwc=True),
+    Case("dinat/dinat_mini", "dinat_mini", 1.5e-6, NAT_MAPS, nhwc=True),
+    Case("dinat/dinat_mini_250x230", "dinat_mini", 1.5e-6, NAT_MAPS, nhwc=True),
+    Case("dinat/dinat_small", "dinat_small", 1.5e-6, NAT_MAPS, nhwc=True),
+    Case("dinat/dinat_s_tiny", "dinat_s_tiny", 1.5e-6, NAT_MAPS, nhwc=True),
 ]
 # Maps carry 256 samples each, so their error scatters more than that of the whole output.
 MAP_TOLERANCE = 2e-6
@@ -63,7 +73,7 @@ def test_intermediate_maps_equal_the_authors(run):
     recorded = {feature["label"]: feature for feature in fixture["features"]}
     for label in case.maps:
         expected = recorded[label]
-        actual = maps[label]
+        actual = maps[label].permute(0, 2, 3, 1) if case.nhwc and maps[label].ndim == 4 else maps[label]
         assert list(actual.shape) == expected["shape"], label
         sample = actual.reshape(-1)[torch.tensor(expected["index"])]
         assert relative_error(sample, torch.tensor(expected["value"])) < MAP_TOLERANCE, label

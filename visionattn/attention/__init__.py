@@ -1,5 +1,6 @@
 """Attention operators as modules, one file per mechanism."""
 
 from visionattn.attention.lka import LargeKernelAttention
+from visionattn.attention.neighborhood import NeighborhoodAttention
 
-__all__ = ["LargeKernelAttention"]
+__all__ = ["LargeKernelAttention", "NeighborhoodAttention"]

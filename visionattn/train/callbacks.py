@@ -81,7 +81,7 @@ class ExportWeights(Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         best = best_checkpoint(trainer)
-        if trainer.is_global_zero and best:
+        if trainer.is_global_zero and best and Path(best).is_file():  # a sharded checkpoint is a folder
             self.path = str(Path(best).with_name("model.safetensors"))
             export_weights(best, self.path)
 

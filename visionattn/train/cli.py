@@ -137,9 +137,9 @@ class CLI(LightningCLI):
         self.out = config["out"] or free_folder(self.model.hparams.name)
         automatic = config["trainer"].get("logger") in (None, True)
         callbacks = list(config["trainer"].get("callbacks") or [])
-        if self.subcommand == "fit":
+        if self.subcommand == "fit" and not config["trainer"].get("fast_dev_run"):
             kwargs["default_root_dir"] = config["trainer"].get("default_root_dir") or self.out
-            if automatic and not config["trainer"].get("fast_dev_run"):
+            if automatic:
                 keep_old_metrics(Path(self.out))
                 kwargs["logger"] = [logger(self.out, name="", version="") for logger in (CSVLogger, TensorBoardLogger)]
         else:
