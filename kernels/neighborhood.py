@@ -9,13 +9,15 @@ dilation arXiv 2209.15001).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from visionattn.kernels import _dispatch
-from visionattn.kernels._windows import map_windows, per_axis
+from visionattn.kernels import _dispatch, _tiles
+from visionattn.kernels._windows import axis_windows, map_windows, per_axis
 
 MAX_AXES = 3
 
@@ -41,6 +43,115 @@ def neighborhood_attention_reference(
         weights = logits.masked_fill(~exists, -torch.inf).softmax(-1)
         out = torch.einsum("bhns,bnshd->bnhd", weights, v[:, keys])
     return out.reshape(q.shape).to(q.dtype)
+
+
+def neighborhood_attention_torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kernel_size: tuple[int, ...],
+    dilation: tuple[int, ...],
+    bias: Tensor | None,
+    is_causal: tuple[bool, ...],
+    scale: float,
+) -> Tensor:
+    """The fastest form known in plain PyTorch operators. Arguments as in :func:`neighborhood_attention`, per axis.
+
+    Tiles of neighboring queries attend to all the keys that one of them sees, under a mask. See ``_tiles.py``.
+    """
+    B, *sides, h, D = q.shape
+    spatial = tuple(map(int, sides))
+    trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, bias))
+    if torch.compiler.is_compiling() and not _dispatch.exporting() and not trained:
+        return _gathered(q, k, v, kernel_size, dilation, bias, is_causal, scale)
+    groups = _tiles.plan(spatial, kernel_size, dilation, is_causal, h)
+    tables = _tiles.tables_for(q, groups, spatial, kernel_size, dilation, is_causal)
+    masks = _tiles.additive_masks(bias, groups, tables, kernel_size, q.dtype)
+    contain = _contains_non_finite(q, k, v, scale)
+    values = torch.where(v.isfinite(), v, 0) if contain else v
+    start = torch.arange(B, device=q.device)[:, None] * math.prod(spatial)
+
+    def rows(x: Tensor, index: tuple[Tensor, ...]) -> Iterator[Tensor]:
+        x = x.reshape(-1, h * D)
+        if len(groups) == 1 and groups[0].tiles == 1:
+            return iter((x,))
+        if not trained:  # one group at a time needs less memory
+            return (x.index_select(0, (start + i).flatten()) for i in index)
+        every = torch.cat([(start + i).flatten() for i in index])
+        return iter(x.index_select(0, every).split([B * i.numel() for i in index]))
+
+    parts = []
+    each = zip(groups, masks, rows(q, tables.queries), rows(k, tables.keys), rows(values, tables.keys), strict=True)
+    for group, mask, *tiles in each:
+        tiles = [
+            t.view(-1, n, h, D).transpose(1, 2)
+            for t, n in zip(tiles, (group.queries, group.keys, group.keys), strict=True)
+        ]
+        part = _attend(*tiles, mask, scale, contain)
+        parts.append(part.transpose(1, 2).reshape(B, -1, h * D))
+    out = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    if groups[0].tiles > 1 or len(groups) > 1:
+        out = out.index_select(1, tables.inverse)
+    out = out.view(q.shape)
+    return _with_nan_where_seen(out, v, kernel_size, dilation, is_causal) if contain else out
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, contain: bool) -> Tensor:
+    """Attention of tiles. q: [n, h, T, D]; k, v: [n, h, S, D]; mask: [h or 1, T, S]"""
+    if not contain and not mask.requires_grad:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[None], scale=scale)
+    # SDPA has no fast kernel where the mask needs a gradient; and only here can a logit of NaN be masked.
+    logits = (q * scale) @ k.transpose(-1, -2) + mask
+    if contain:
+        logits = logits.masked_fill(mask == -torch.inf, -torch.inf)
+    return logits.softmax(-1) @ v
+
+
+def _contains_non_finite(q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:
+    """Whether NaN, Inf or overflow could spread within tiles: to queries whose window does not hold the cause."""
+    if _dispatch.exporting() or q.numel() == 0:
+        return False
+    if q.device.type != "cpu" or torch.compiler.is_compiling():
+        return True  # to look would cost a synchronisation
+    try:
+        largest = [float(t.detach().abs().amax()) for t in (q, k, v)]
+    except RuntimeError:
+        return True
+    return not (
+        largest[2] < math.inf and largest[0] * largest[1] * q.shape[-1] * abs(scale) < torch.finfo(q.dtype).max / 4
+    )
+
+
+def _with_nan_where_seen(
+    out: Tensor, v: Tensor, kernel_size: tuple[int, ...], dilation: tuple[int, ...], is_causal: tuple[bool, ...]
+) -> Tensor:
+    """NaN for every query and head that sees a value of NaN or Inf."""
+    bad = ~v.isfinite().all(-1)
+    for axis, (K, d, c) in enumerate(zip(kernel_size, dilation, is_causal, strict=True), 1):
+        keys, _, _ = axis_windows(bad.shape[axis], K, d, c, v.device)
+        bad = bad.index_select(axis, keys.flatten()).unflatten(axis, keys.shape).any(axis + 1)
+    return out.masked_fill(bad[..., None], torch.nan)
+
+
+def _gathered(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kernel_size: tuple[int, ...],
+    dilation: tuple[int, ...],
+    bias: Tensor | None,
+    is_causal: tuple[bool, ...],
+    scale: float,
+) -> Tensor:
+    """The reference in elementwise operators, which a compiler fuses with the gather, so that it is never stored."""
+    precise = torch.promote_types(q.dtype, torch.float32)
+    keys, offsets, exists = map_windows(q.shape[1:-2], kernel_size, dilation, is_causal, q.device)
+    rows, k, v = (t.flatten(1, -3) for t in (q, k, v))  # B N h D
+    logits = (k[:, keys].to(precise) * (rows.to(precise) * scale)[:, :, None]).sum(-1)  # B N S h
+    if bias is not None:
+        logits = logits + bias.to(precise).flatten(1)[:, offsets].permute(1, 2, 0)
+    weights = logits.masked_fill(~exists[..., None], -torch.inf).softmax(2)
+    return (weights[..., None] * v[:, keys].to(precise)).sum(2).view(q.shape).to(q.dtype)
 
 
 def neighborhood_attention(
@@ -99,7 +210,7 @@ def neighborhood_attention(
 
 
 _IMPLEMENTATIONS = {
-    "torch": neighborhood_attention_reference,
+    "torch": neighborhood_attention_torch,
     "reference": neighborhood_attention_reference,
 }
 

@@ -1,0 +1,244 @@
+"""Cutting a map into tiles of queries that share their keys, for neighborhood attention in plain PyTorch operators.
+
+A tile of T successive ranks of an axis sees a span of at most T + K - 1 key ranks. The tiles of an axis form a few
+runs; those of a run are alike, so that one mask serves them all: the first tile, those within, the last. On a dilated
+axis this is done for the positions of one residue, of which there are two kinds where d does not divide L: d - L mod d
+residues with L div d positions, and L mod d with one more. A group is a choice of residues and run for every axis.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# Measured on the CPU with head dim 32: a tile of n queries costs as much as n + 19 times the keys it sees, and another
+# group as much as some 7000 pairs of query and key.
+TILE_COST = 19
+GROUP_COST = 7000
+SIDES = (*range(1, 17), *range(20, 68, 4))
+
+
+class Run(NamedTuple):
+    """``count`` tiles side by side: the first query rank, tile side, and first key rank and key ranks of a tile."""
+
+    first: int
+    tile: int
+    count: int
+    first_key: int
+    span: int
+
+
+class Axis(NamedTuple):
+    """The tiles of one kind of residue: the first residue, how many there are, and a run of tiles in each."""
+
+    residue: int
+    residues: int
+    length: int
+    run: Run
+
+
+class Group(NamedTuple):
+    """Tiles that are alike. The index into flat map positions takes them in the order of its attributes' products."""
+
+    axes: tuple[Axis, ...]
+
+    @property
+    def tiles(self) -> int:
+        return math.prod(a.residues * a.run.count for a in self.axes)
+
+    @property
+    def queries(self) -> int:
+        return math.prod(a.run.tile for a in self.axes)
+
+    @property
+    def keys(self) -> int:
+        return math.prod(a.run.span for a in self.axes)
+
+
+def _start(rank: int, length: int, window: int, causal: bool) -> int:
+    return max(0, rank - window + 1) if causal else max(0, min(rank - window // 2, length - window))
+
+
+def _run(first: int, tile: int, count: int, length: int, window: int, causal: bool) -> Run:
+    last = first + tile - 1
+    first_key = _start(first, length, window, causal)
+    end = last + 1 if causal else _start(last, length, window, causal) + window
+    return Run(first, tile, count, first_key, end - first_key)
+
+
+def _cuts(length: int, window: int, causal: bool) -> list[tuple[tuple[Run, ...], int, int]]:
+    """Ways to cut an axis into runs, each with its pairs of query and key and its keys; none worse than another."""
+    before, after = (window - 1, 0) if causal else (window // 2, window - 1 - window // 2)
+
+    def cut(*tiles: tuple[int, int]) -> tuple[tuple[Run, ...], int, int]:
+        runs, first = [], 0
+        for tile, count in tiles:
+            if tile and count:
+                runs.append(_run(first, tile, count, length, window, causal))
+                first += tile * count
+        return tuple(runs), sum(r.tile * r.span * r.count for r in runs), sum(r.span * r.count for r in runs)
+
+    found = [cut((length, 1)), cut(((length + 1) // 2, 1), (length // 2, 1))]
+    for side in SIDES:
+        # The tiles within see whole windows: their first query has `before` positions before it, their last `after`.
+        for head in range(before, min(before + side, length) + 1):
+            rest = length - head - after
+            count = max(rest // side, 0)
+            if count:
+                found.append(cut((head, 1), (side, count), (length - head - side * count, 1)))
+    found.sort(key=lambda c: (c[1], c[2], len(c[0])))
+    best: list[tuple[tuple[Run, ...], int, int]] = []
+    for candidate in found:
+        if not any(b[2] <= candidate[2] and len(b[0]) <= len(candidate[0]) for b in best):
+            best.append(candidate)
+    return best
+
+
+@lru_cache(maxsize=256)
+def plan(
+    spatial: tuple[int, ...], window: tuple[int, ...], dilation: tuple[int, ...], causal: tuple[bool, ...], heads: int
+) -> tuple[Group, ...]:
+    """Cut a map into groups of tiles so that attention costs least."""
+    kinds = []  # per axis: first residue, residues, length
+    for L, d in zip(spatial, dilation, strict=True):
+        longer = L % d
+        kinds.append([kind for kind in ((0, longer, L // d + 1), (longer, d - longer, L // d)) if kind[1]])
+    groups = []
+    for kind in itertools.product(*kinds):
+        phases = math.prod(residues for _, residues, _ in kind)
+        cuts = [_cuts(length, K, c) for (_, _, length), K, c in zip(kind, window, causal, strict=True)]
+        cost = GROUP_COST / (heads * phases)
+
+        def price(choice: Sequence[tuple[tuple[Run, ...], int, int]], cost: float = cost) -> float:
+            pairs, keys, runs = (math.prod(column) for column in zip(*((p, k, len(r)) for r, p, k in choice)))  # noqa: B905
+            return pairs + TILE_COST * keys + cost * runs
+
+        best = min(itertools.product(*cuts), key=price)
+        for runs in itertools.product(*(cut[0] for cut in best)):
+            groups.append(Group(tuple(Axis(*k, run) for k, run in zip(kind, runs, strict=True))))
+    return tuple(groups)
+
+
+def _flat(parts: Sequence[tuple[Tensor, Tensor, Tensor]], spatial: Sequence[int]) -> Tensor:
+    """Flat map positions of per-axis residues, tiles and members, in the order residues, tiles, members of all axes."""
+    total: Tensor | int = 0
+    axes, stride = len(parts), 1
+    for axis in reversed(range(axes)):
+        for kind, values in enumerate(parts[axis]):
+            shape = [1] * (3 * axes)
+            shape[kind * axes + axis] = -1
+            total = total + (values * stride).view(shape)
+        stride *= spatial[axis]
+    return total.flatten()
+
+
+def positions(group: Group, spatial: Sequence[int], dilation: Sequence[int], device: Any) -> tuple[Tensor, Tensor]:
+    """Flat map positions of a group's queries, [tiles * queries], and of its keys, [tiles * keys]."""
+    queries, keys = [], []
+    for (residue, residues, _, run), d in zip(group.axes, dilation, strict=True):
+        phase = torch.arange(residue, residue + residues, device=device)
+        tile = torch.arange(run.count, device=device) * (run.tile * d)
+        queries.append((phase, tile, (torch.arange(run.tile, device=device) + run.first) * d))
+        keys.append((phase, tile, (torch.arange(run.span, device=device) + run.first_key) * d))
+    return _flat(queries, spatial), _flat(keys, spatial)
+
+
+def offsets(axis: Axis, window: int, causal: bool, device: Any) -> Tensor:
+    """Index into an axis of the bias for every query and key of a tile; 2 * K - 1 where the query does not see the key.
+
+    [T, span]
+    """
+    _, _, length, run = axis
+    query = torch.arange(run.first, run.first + run.tile, device=device)[:, None]
+    key = torch.arange(run.first_key, run.first_key + run.span, device=device)
+    if causal:
+        seen = (key <= query) & (key > query - window)
+    else:
+        start = (query - window // 2).clamp(0, length - window)
+        seen = (key >= start) & (key < start + window)
+    return torch.where(seen, key - query + window - 1, 2 * window - 1)
+
+
+class Tables(NamedTuple):
+    """What a plan needs as tensors.
+
+    Attributes:
+        queries: Flat map positions of the queries, group after group.
+        keys: Those of the keys.
+        inverse: Where the queries lie in that order. [N]
+        offsets: The flat :func:`offsets` of every distinct run, per axis.
+    """
+
+    queries: tuple[Tensor, ...]
+    keys: tuple[Tensor, ...]
+    inverse: Tensor
+    offsets: tuple[dict[Axis, Tensor], ...]
+
+
+def tables(
+    groups: Sequence[Group],
+    spatial: tuple[int, ...],
+    window: tuple[int, ...],
+    dilation: tuple[int, ...],
+    causal: tuple[bool, ...],
+    device: Any,
+) -> Tables:
+    """Make the index tensors of a plan."""
+    index = [positions(group, spatial, dilation, device) for group in groups]
+    queries, keys = zip(*index, strict=True)
+    every = []
+    for axis, (K, c) in enumerate(zip(window, causal, strict=True)):
+        distinct = dict.fromkeys(group.axes[axis] for group in groups)
+        every.append({a: offsets(a, K, c, device).flatten() for a in distinct})
+    return Tables(queries, keys, torch.cat(queries).argsort(), tuple(every))
+
+
+@lru_cache(maxsize=64)
+def _kept(make: Callable[..., Tables], *arguments: Any) -> Tables:
+    with torch.inference_mode(False):  # a tensor made in inference mode could not be used for training later
+        return make(*arguments)
+
+
+def tables_for(x: Tensor, *arguments: Any) -> Tables:
+    """The tables for a tensor's device, kept for the next call of the same shape where tensors outlive the call."""
+    level = getattr(torch._C._functorch, "maybe_current_level", lambda: None)
+    if type(x) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing() or level() is not None:
+        return tables(*arguments, x.device)
+    return _kept(tables, *arguments, x.device)
+
+
+def additive_masks(
+    bias: Tensor | None, groups: Sequence[Group], kept: Tables, window: Sequence[int], dtype: torch.dtype
+) -> list[Tensor]:
+    """What is added to the logits of each group: the bias, and -inf where a query does not see a key.
+
+    Returns:
+        One per group. [h or 1, queries, keys]
+    """
+    axes = len(window)
+    device = kept.inverse.device
+    if bias is None:
+        bias = torch.zeros(1, *(2 * K - 1 for K in window), dtype=dtype, device=device)
+    elif bias.dtype in (torch.float16, torch.bfloat16):
+        bias = bias.float()  # its gradient is a sum over many pairs
+    # One more slot per axis, that offsets of unseen keys point to.
+    bias = torch.nn.functional.pad(bias, (0, 1) * axes, value=-torch.inf)
+    found: dict[tuple[Axis, ...], Tensor] = {(): bias}
+    masks = []
+    for group in groups:
+        for axis in range(axes):  # the last axis first: what it takes is shared by the groups that differ before it
+            done = group.axes[axes - axis - 1 :]
+            if done not in found:
+                index = kept.offsets[axes - axis - 1][done[0]]
+                found[done] = found[done[1:]].index_select(axes - axis, index)
+        mask = found[group.axes]
+        sides = [side for a in group.axes for side in (a.run.tile, a.run.span)]
+        order = [0, *range(1, 2 * axes, 2), *range(2, 2 * axes + 1, 2)]
+        masks.append(mask.view(-1, *sides).permute(order).reshape(-1, group.queries, group.keys).to(dtype))
+    return masks
