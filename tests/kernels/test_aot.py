@@ -17,7 +17,7 @@ def compile_and_check(run_python, target, dtypes, every):
     assert {row["kernel"] for row in rows} == {"_depthwise_fwd", "_depthwise_bwd_weight", "_gated_pointwise_fwd"}
     for row in rows:
         assert row["shared"] <= TARGETS[target], row
-        assert row["spilled"] <= 16, row  # bytes: four registers
+        assert row["spilled"] <= 32, row  # bytes stored and loaded: four registers
 
 
 @pytest.mark.parametrize("target", TARGETS)
