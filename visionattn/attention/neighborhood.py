@@ -1,0 +1,261 @@
+"""Neighborhood attention: every position attends to the K nearest per axis. B batch, h heads, D head dim, K window."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from timm.layers import is_exportable, is_scriptable, register_notrace_module, trunc_normal_
+from torch import Tensor, nn
+
+from visionattn.kernels import _dispatch, neighborhood_attention
+
+__all__ = ["NeighborhoodAttention"]
+
+POSITIONS = ("bias", "rope", "none")
+SMALL_MAPS = ("pad", "shrink", "error")
+
+
+@register_notrace_module  # which path runs depends on the size of the map
+class NeighborhoodAttention(nn.Module):
+    """``proj(softmax(scale * q k^T + rpb) v)`` over each position's window (arXiv 2204.07143, dilated 2209.15001).
+
+    Args:
+        dim: Channels of the map. [B, *spatial, dim] in and out
+        num_heads: Attention heads; they divide ``dim``.
+        kernel_size: Window side K, for all axes or one per axis.
+        dilation: Distance between the keys of a window, for all axes or one per axis.
+        axes: Number of spatial axes, 1 to 3.
+        is_causal: Whether a position sees only itself and earlier ones on the axis, for all axes or one per axis.
+        qkv_bias: Whether the projection to queries, keys and values has a bias.
+        scale: Factor of the logits; None stands for D ** -0.5.
+        position: ``"bias"`` for the learned table ``rpb`` [h, 2 * K - 1, ...], indexed by key - query + K - 1;
+            ``"rope"`` for axial rotary embedding of queries and keys; ``"none"``.
+        small_maps: What happens on an axis of length L < kernel_size * dilation. ``"pad"``: zeros after the end, which
+            are projected and attended to like any position (natten up to 0.15, hence all published checkpoints).
+            ``"shrink"``: dilation at most L // K, then the largest odd window that fits, with the middle of the bias
+            table. ``"error"``: ValueError (natten since 0.17).
+        attn_drop: Dropout of attention weights; above 0, training takes a slower path.
+        proj_drop: Dropout of the output.
+        rope_theta: Longest wavelength of ``"rope"``, over 2 pi positions.
+
+    Raises:
+        ValueError: If an argument is not one of the allowed.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        kernel_size: int | Sequence[int] = 7,
+        dilation: int | Sequence[int] = 1,
+        axes: int = 2,
+        is_causal: bool | Sequence[bool] = False,
+        qkv_bias: bool = True,
+        scale: float | None = None,
+        position: str = "bias",
+        small_maps: str = "pad",
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        rope_theta: float = 100.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"num_heads must divide dim = {dim}, got {num_heads}")
+        if axes not in (1, 2, 3):
+            raise ValueError(f"axes must be 1, 2 or 3, got {axes!r}")
+        if position not in POSITIONS:
+            raise ValueError(f"position must be one of {', '.join(POSITIONS)}, got {position!r}")
+        if small_maps not in SMALL_MAPS:
+            raise ValueError(f"small_maps must be one of {', '.join(SMALL_MAPS)}, got {small_maps!r}")
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.kernel_size = _per_axis("kernel_size", kernel_size, axes)
+        self.dilation = _per_axis("dilation", dilation, axes)
+        self.is_causal = [bool(causal) for causal in _per_axis("is_causal", is_causal, axes)]
+        if min(self.kernel_size) < 1 or min(self.dilation) < 1:
+            raise ValueError(f"kernel_size and dilation must be at least 1, got {kernel_size!r} and {dilation!r}")
+        if position == "rope" and self.head_dim % (2 * axes):
+            raise ValueError(f"position 'rope' needs a head dim divisible by {2 * axes}, got {self.head_dim}")
+        self.scale = self.head_dim**-0.5 if scale is None else float(scale)
+        self.position = position
+        self.small_maps = small_maps
+        self.rope_theta = rope_theta
+        self.plain = is_exportable() or is_scriptable()  # timm's switches: layers built under them use plain operators
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        if position == "bias":
+            self.rpb = nn.Parameter(torch.empty(num_heads, *(2 * K - 1 for K in self.kernel_size), **dd))
+        else:
+            self.register_parameter("rpb", None)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The authors' initialisation of the bias table; the projections keep theirs."""
+        if self.rpb is not None:
+            trunc_normal_(self.rpb, std=0.02)
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_heads={self.num_heads}, kernel_size={self.kernel_size}, dilation={self.dilation}, "
+            f"is_causal={self.is_causal}, position={self.position!r}, small_maps={self.small_maps!r}"
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != len(self.kernel_size) + 2:
+            raise ValueError(f"x must be [B, *spatial, C] with {len(self.kernel_size)} spatial axes, got {x.dim() - 2}")
+        spatial = x.shape[1:-1]
+        kernel_size, dilation, rpb = self.kernel_size, self.dilation, self.rpb
+        if self.small_maps == "pad":
+            x = self._pad(x)
+        elif self.small_maps == "shrink":
+            kernel_size, dilation, rpb = self._shrink(spatial)
+        else:
+            self._refuse(spatial)
+        # Views of the fused projection, never copies: the operator reads them by their strides.
+        q, k, v = self.qkv(x).unflatten(-1, [3, self.num_heads, self.head_dim]).unbind(-3)  # each B *spatial h D
+        if self.position == "rope":
+            cos, sin = _rotation(x.shape[1:-1], self.head_dim, self.rope_theta, q)
+            q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+        if torch.jit.is_scripting() or self.plain or (self.training and self.attn_drop.p > 0.0):
+            y = self._plain(q, k, v, kernel_size, dilation, rpb)
+        else:
+            y = self._fused(q, k, v, kernel_size, dilation, rpb)
+        y = y.flatten(-2)
+        if self.small_maps == "pad":
+            for axis in range(len(spatial)):
+                y = y.narrow(axis + 1, 0, spatial[axis])
+        return self.proj_drop(self.proj(y))
+
+    @torch.jit.unused
+    def _fused(
+        self, q: Tensor, k: Tensor, v: Tensor, kernel_size: list[int], dilation: list[int], rpb: Tensor | None
+    ) -> Tensor:
+        if _dispatch.exporting():
+            return self._plain(q, k, v, kernel_size, dilation, rpb)
+        return neighborhood_attention(q, k, v, kernel_size, dilation, rpb, self.is_causal, self.scale)
+
+    def _plain(
+        self, q: Tensor, k: Tensor, v: Tensor, kernel_size: list[int], dilation: list[int], rpb: Tensor | None
+    ) -> Tensor:
+        """Plain operators that keep explicit attention weights and leave all sizes dynamic.
+
+        A line is a row of the map's last axis. Every line gathers the lines its windows lie in, then attends to them
+        under a mask: much faster than one gather per position, and without logits between all positions.
+        """
+        spatial = q.shape[1:-2]
+        last = len(kernel_size) - 1
+        lines = torch.zeros(1, 1, dtype=torch.long, device=q.device)
+        offsets = lines
+        seen = lines == 0
+        for i in range(last):
+            L, K, d, causal = spatial[i], kernel_size[i], dilation[i], self.is_causal[i]
+            rank, residue, start = _ranks(L, K, d, causal, q.device)
+            keys = (start[:, None] + torch.arange(K, device=q.device)) * d + residue[:, None]  # L K
+            offset, inside = _seen(keys, rank, residue, start, K, d, causal)
+            lines = (lines[:, None, :, None] * L + keys[:, None]).flatten(2).flatten(0, 1)
+            offsets = (offsets[:, None, :, None] * (2 * K - 1) + offset[:, None]).flatten(2).flatten(0, 1)
+            seen = (seen[:, None, :, None] & inside[:, None]).flatten(2).flatten(0, 1)  # M lines, R of them seen
+        L, K, d, causal = spatial[last], kernel_size[last], dilation[last], self.is_causal[last]
+        rank, residue, start = _ranks(L, K, d, causal, q.device)
+        offset, inside = _seen(torch.arange(L, device=q.device)[None], rank, residue, start, K, d, causal)
+        shape = [q.shape[0], -1, L, self.num_heads, self.head_dim]
+        k, v = k.reshape(shape)[:, lines].flatten(2, 3), v.reshape(shape)[:, lines].flatten(2, 3)  # B M R*L h D
+        logits = torch.einsum("bmqhd,bmkhd->bhmqk", q.reshape(shape) * self.scale, k)
+        if rpb is not None:
+            bias = rpb.reshape(self.num_heads, -1, 2 * K - 1)[:, offsets][..., offset]  # h M R L L
+            logits = logits + bias.transpose(2, 3).flatten(-2)
+        mask = (seen[:, None, :, None] & inside[None, :, None, :]).flatten(-2)  # M L R*L
+        weights = self.attn_drop(logits.masked_fill(~mask, -float("inf")).softmax(-1))
+        return torch.einsum("bhmqk,bmkhd->bmqhd", weights.to(v.dtype), v).reshape(q.shape)
+
+    def _pad(self, x: Tensor) -> Tensor:
+        pads = [0, 0]
+        short = False
+        for i in range(len(self.kernel_size) - 1, -1, -1):
+            L, needed = x.shape[i + 1], self.kernel_size[i] * self.dilation[i]
+            if torch.jit.is_scripting():
+                missing = max(needed - L, 0)
+                short = short or missing > 0
+            else:
+                missing = torch.sym_max(needed - L, 0)
+                short = short or _dispatch.exporting() or missing > 0  # a comparison would fix the exported size
+            pads += [0, missing]
+        return F.pad(x, pads) if short else x
+
+    def _shrink(self, spatial: list[int]) -> tuple[list[int], list[int], Tensor | None]:
+        kernel_size: list[int] = []
+        dilation: list[int] = []
+        rpb = self.rpb
+        for i in range(len(spatial)):
+            L, K, d = spatial[i], self.kernel_size[i], self.dilation[i]
+            d = min(d, max(L // K, 1))
+            fits = K if K * d <= L else L - (1 - L % 2)
+            if rpb is not None:
+                rpb = rpb.narrow(i + 1, K - fits, 2 * fits - 1)
+            kernel_size.append(fits)
+            dilation.append(d)
+        return kernel_size, dilation, rpb
+
+    def _refuse(self, spatial: list[int]) -> None:
+        for i in range(len(spatial)):
+            if spatial[i] < self.kernel_size[i] * self.dilation[i]:
+                raise ValueError(
+                    f"spatial axis {i} of x has length {spatial[i]}, less than kernel_size * dilation = "
+                    f"{self.kernel_size[i] * self.dilation[i]}; small_maps='pad' or 'shrink' allow that"
+                )
+
+
+def _per_axis(name: str, value: int | Sequence[int], axes: int) -> list[int]:
+    values = list(value) if isinstance(value, (tuple, list)) else [value] * axes
+    if len(values) != axes or not all(isinstance(v, int) for v in values):
+        raise ValueError(f"{name} must be one value or {axes}, one per spatial axis, got {value!r}")
+    return values
+
+
+def _ranks(L: int, K: int, d: int, causal: bool, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every position of an axis: rank and residue modulo the dilation, and the first rank that it sees. [L]"""
+    position = torch.arange(L, device=device)
+    rank, residue = position // d, position % d
+    if causal:
+        return rank, residue, (rank - (K - 1)).clamp(min=0)
+    count = (L - residue + d - 1) // d  # positions of this residue: they differ by one where d does not divide L
+    return rank, residue, torch.minimum((rank - K // 2).clamp(min=0), count - K)
+
+
+def _seen(
+    keys: Tensor, rank: Tensor, residue: Tensor, start: Tensor, K: int, d: int, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Of key positions [L or 1, M]: the index into the bias table, and whether they are in the window. [L, M]"""
+    slot = keys // d - start[:, None]
+    inside = (keys % d == residue[:, None]) & (slot >= 0) & (slot < K)
+    offset = keys // d - rank[:, None] + K - 1
+    if causal:
+        inside = inside & (offset < K)
+    return offset.clamp(0, 2 * K - 2), inside
+
+
+def _rotation(spatial: list[int], head_dim: int, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the angles of every position; each axis has its share of the pairs. [*spatial, 1, D / 2]"""
+    axes = len(spatial)
+    pairs = head_dim // (2 * axes)
+    speeds = theta ** (-torch.arange(pairs, device=like.device, dtype=torch.float32) / pairs)
+    angles: list[Tensor] = []
+    for i in range(axes):
+        angle = torch.arange(spatial[i], device=like.device, dtype=torch.float32)[:, None] * speeds
+        shape = [1] * axes + [1, pairs]
+        shape[i] = spatial[i]
+        whole = list(spatial) + [1, pairs]
+        angles.append(angle.reshape(shape).expand(whole))
+    angle = torch.cat(angles, -1)
+    return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + D / 2) of the last axis."""
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
