@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -178,19 +177,43 @@ def test_digits_are_learned(tmp_path, tiny):
     assert cli.trainer.checkpoint_callback.best_model_score > 90
 
 
-def test_two_processes_report_the_accuracy_of_one(tmp_path, tiny):
-    """361 would not divide evenly either: 360 images in batches of 32 leave both processes an odd last batch."""
+SHARDED = [
+    "--trainer.strategy=lightning.pytorch.strategies.ModelParallelStrategy",
+    "--trainer.strategy.save_distributed_checkpoint=false",
+]
+AVERAGED = ["--trainer.callbacks+=visionattn.train.callbacks.EMA", "--trainer.callbacks.decay=0.8"]
+
+
+def two_processes(tiny, out, *arguments):
     flags = ["--data.batch_size=32", "--data.eval_batch_size=17", "--trainer.max_epochs=1", "--model.warmup_epochs=0"]
-    devices = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.accelerator=cpu"]
-    average = ["--trainer.callbacks+=visionattn.train.callbacks.EMA", "--trainer.callbacks.decay=0.8"]
-    command = [sys.executable, str(ROOT / "train.py"), "fit", "--data=Digits", *tiny, *flags, *devices, *average]
-    result = subprocess.run(
-        [*command, f"--out={tmp_path}", "--model.lr=0.01"], capture_output=True, text=True, cwd=ROOT, timeout=300
-    )
+    flags += ["--trainer.devices=2", "--trainer.accelerator=cpu", "--model.lr=0.01", f"--out={out}", *arguments]
+    command = [sys.executable, str(ROOT / "train.py"), "fit", "--data=Digits", *tiny, *flags]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        ["--trainer.strategy=ddp", *AVERAGED],
+        pytest.param(
+            [*SHARDED, "--trainer.strategy.data_parallel_size=2", "--trainer.strategy.tensor_parallel_size=1"],
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["ddp", "fsdp2"],
+)
+def test_two_processes_report_the_accuracy_of_one(strategy, tmp_path, tiny):
+    """Each has 180 images in batches of 17: what only fills the last batch up must not count."""
+    result = two_processes(tiny, tmp_path, *strategy)
     assert result.returncode == 0, result.stderr
     (reported,) = rows(tmp_path, "val/acc1")
     last = tmp_path / "checkpoints" / "last.ckpt"
     metrics = run(["validate", "--data=Digits", f"--ckpt_path={last}"]).trainer.callback_metrics
     assert float(metrics["val/acc1"]) == pytest.approx(reported, abs=1e-4) and reported > 15
     assert float(metrics["val/loss"]) == pytest.approx(rows(tmp_path, "val/loss")[0], rel=1e-5)
-    assert os.listdir(tmp_path / "checkpoints").count("last.ckpt") == 1
+
+
+@pytest.mark.slow
+def test_processes_that_would_not_share_the_data_are_refused(tmp_path, tiny):
+    result = two_processes(tiny, tmp_path, *SHARDED)
+    assert result.returncode != 0 and "error: 1 of 2 processes would share the data: add --trainer" in result.stderr

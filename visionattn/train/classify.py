@@ -113,8 +113,12 @@ class Classification(pl.LightningModule):
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             from torch.distributed.fsdp import FSDPModule, fully_shard
 
+            mesh, world = self.device_mesh["data_parallel"], self.trainer.world_size
+            if mesh.size() != world:  # Lightning's default is tensor parallelism within a node
+                fix = f"--trainer.strategy.data_parallel_size {world} --trainer.strategy.tensor_parallel_size 1"
+                raise UserError(f"{mesh.size()} of {world} processes would share the data: add {fix}")
             if not isinstance(self.net, FSDPModule):
-                fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+                fully_shard(self.net, mesh=mesh)
 
     def on_fit_start(self) -> None:
         image = torch.zeros(1, *self.card["preprocess"]["input_size"], device=self.device)
