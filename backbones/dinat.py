@@ -5,13 +5,13 @@ Original code: SHI-Labs/Neighborhood-Attention-Transformer (MIT). DiNAT is NAT w
 blocks between Swin's patch embedding and patch merging.
 """
 
-import torch
 import torch.nn.functional as F
-from timm.layers import LayerNorm2d
+from timm.layers import LayerNorm2d, is_exporting, register_notrace_module
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from visionattn.backbones.nat import EPS, NAT, checkpoint_filter_fn, create
+from visionattn.blocks import to_channels_last
 from visionattn.weights import pretrained_cfgs
 
 __all__ = ["DiNAT", "DiNATs", "checkpoint_filter_fn"]
@@ -36,9 +36,10 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.pad(x, (0, -x.shape[3] % 4, 0, -x.shape[2] % 4))
-        return self.norm(self.proj(x.contiguous(memory_format=torch.channels_last)))
+        return self.norm(self.proj(to_channels_last(x)))
 
 
+@register_notrace_module  # whether it pads depends on the size of the map
 class PatchMerging(nn.Module):
     """Squares of 2x2 positions side by side, layer norm, linear map to half of their channels; [B, dim, H, W].
 
@@ -53,7 +54,9 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         B, C, H, W = x.shape
-        x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 0, W % 2, 0, H % 2))
+        x = x.permute(0, 2, 3, 1)
+        if is_exporting() or H % 2 + W % 2 > 0:  # an exported graph keeps no branch on a size
+            x = F.pad(x, (0, 0, 0, W % 2, 0, H % 2))
         x = x.reshape(B, (H + 1) // 2, 2, (W + 1) // 2, 2, C).permute(
             0, 1, 3, 4, 2, 5
         )  # the row varies before the column

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from visionattn.attention import NeighborhoodAttention
 from visionattn.backbone import Pyramid, Stage
-from visionattn.blocks import ScaledResidual
+from visionattn.blocks import ScaledResidual, to_channels_last
 from visionattn.weights import pretrained_cfgs
 
 __all__ = ["NAT"]
@@ -65,7 +65,7 @@ class ConvTokenizer(nn.Module):
         self.norm = LayerNorm2d(dim, eps=EPS, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.proj(x.contiguous(memory_format=torch.channels_last)))
+        return self.norm(self.proj(to_channels_last(x)))
 
 
 class ConvDownsampler(nn.Module):

@@ -109,13 +109,9 @@ class NeighborhoodAttention(nn.Module):
         if x.dim() != len(self.kernel_size) + 2:
             raise ValueError(f"x must be [B, *spatial, C] with {len(self.kernel_size)} spatial axes, got {x.dim() - 2}")
         spatial = x.shape[1:-1]
-        kernel_size, dilation, rpb = self.kernel_size, self.dilation, self.rpb
+        kernel_size, dilation, rpb = self._window(spatial)
         if self.small_maps == "pad":
             x = self._pad(x)
-        elif self.small_maps == "shrink":
-            kernel_size, dilation, rpb = self._shrink(spatial)
-        else:
-            self._refuse(spatial)
         # Views of the fused projection, never copies: the operator reads them by their strides.
         q, k, v = self.qkv(x).unflatten(-1, [3, self.num_heads, self.head_dim]).unbind(-3)  # each B *spatial h D
         if self.position == "rope":
@@ -167,7 +163,7 @@ class NeighborhoodAttention(nn.Module):
         k, v = k.reshape(shape)[:, lines].flatten(2, 3), v.reshape(shape)[:, lines].flatten(2, 3)  # B M R*L h D
         logits = torch.einsum("bmqhd,bmkhd->bhmqk", q.reshape(shape) * self.scale, k)
         if rpb is not None:
-            bias = rpb.reshape(self.num_heads, -1, 2 * K - 1)[:, offsets][..., offset]  # h M R L L
+            bias = rpb.reshape(self.num_heads, -1, 2 * K - 1)[:, offsets][:, :, :, offset]  # h M R L L
             logits = logits + bias.transpose(2, 3).flatten(-2)
         mask = (seen[:, None, :, None] & inside[None, :, None, :]).flatten(-2)  # M L R*L
         weights = self.attn_drop(logits.masked_fill(~mask, -float("inf")).softmax(-1))
@@ -187,27 +183,23 @@ class NeighborhoodAttention(nn.Module):
             pads += [0, missing]
         return F.pad(x, pads) if short else x
 
-    def _shrink(self, spatial: list[int]) -> tuple[list[int], list[int], Tensor | None]:
-        kernel_size: list[int] = []
-        dilation: list[int] = []
-        rpb = self.rpb
-        for i in range(len(spatial)):
-            L, K, d = spatial[i], self.kernel_size[i], self.dilation[i]
-            d = min(d, max(L // K, 1))
-            fits = K if K * d <= L else L - (1 - L % 2)
-            if rpb is not None:
-                rpb = rpb.narrow(i + 1, K - fits, 2 * fits - 1)
-            kernel_size.append(fits)
-            dilation.append(d)
+    def _window(self, spatial: list[int]) -> tuple[list[int], list[int], Tensor | None]:
+        """Window sides, dilations and bias table for a map of this size."""
+        kernel_size, dilation, rpb = self.kernel_size[:], self.dilation[:], self.rpb
+        if self.small_maps != "pad":
+            for i in range(len(spatial)):
+                L, K, d = spatial[i], kernel_size[i], dilation[i]
+                if K * d > L:
+                    if self.small_maps == "error":
+                        raise ValueError(
+                            f"spatial axis {i} of x has length {L}, less than kernel_size * dilation = {K * d}; "
+                            "small_maps='pad' or 'shrink' allow that"
+                        )
+                    dilation[i] = min(d, max(L // K, 1))
+                    kernel_size[i] = min(K, L - (1 - L % 2))
+                    if rpb is not None:
+                        rpb = rpb.narrow(i + 1, K - kernel_size[i], 2 * kernel_size[i] - 1)
         return kernel_size, dilation, rpb
-
-    def _refuse(self, spatial: list[int]) -> None:
-        for i in range(len(spatial)):
-            if spatial[i] < self.kernel_size[i] * self.dilation[i]:
-                raise ValueError(
-                    f"spatial axis {i} of x has length {spatial[i]}, less than kernel_size * dilation = "
-                    f"{self.kernel_size[i] * self.dilation[i]}; small_maps='pad' or 'shrink' allow that"
-                )
 
 
 def _per_axis(name: str, value: int | Sequence[int], axes: int) -> list[int]:
