@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from visionattn.train.callbacks import EMA
 from visionattn.train.cli import run
@@ -64,6 +65,13 @@ def test_a_run_resumed_in_the_middle_of_an_epoch_is_bit_identical(run_dir, fit, 
     fit(tmp_path / "second", "--trainer.max_epochs=4", f"--ckpt_path={tmp_path / 'steps' / 'step=9.ckpt'}")
     for out in ("first", "second"):
         assert_same_weights(run_dir / "checkpoints" / "last.ckpt", tmp_path / out / "checkpoints" / "last.ckpt")
+
+
+def test_the_last_checkpoint_is_of_the_last_epoch_even_if_it_is_not_among_the_best(fit, tmp_path, monkeypatch):
+    first_only = lambda self, trainer, current=None: trainer.current_epoch == 0  # noqa: E731
+    monkeypatch.setattr(ModelCheckpoint, "check_monitor_top_k", first_only)
+    fit(tmp_path, "--trainer.max_epochs=3", ema=False)
+    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 2
 
 
 def test_a_second_run_in_the_same_folder_works_and_keeps_the_first_log(fit, tmp_path):

@@ -74,6 +74,13 @@ class Throughput(ThroughputMonitor):
                 throughput.available_flops = self.available_flops
 
 
+class LastCheckpoint(ModelCheckpoint):
+    """Keeps ``last.ckpt`` of the latest epoch; ``save_last`` of a monitored checkpoint leaves out unsuccessful ones."""
+
+    def __init__(self) -> None:
+        super().__init__(filename="last", enable_version_counter=False)
+
+
 class ExportWeights(Callback):
     """Writes the best checkpoint's bare weights to ``model.safetensors`` beside it when training ends."""
 
