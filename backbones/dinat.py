@@ -11,7 +11,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from visionattn.backbones.nat import EPS, NAT, checkpoint_filter_fn, create
-from visionattn.blocks import to_channels_last
+from visionattn.blocks import Linear, to_channels_last
 from visionattn.weights import pretrained_cfgs
 
 __all__ = ["DiNAT", "DiNATs", "checkpoint_filter_fn"]
@@ -50,7 +50,7 @@ class PatchMerging(nn.Module):
         dd = {"device": device, "dtype": dtype}
         super().__init__()
         self.norm = nn.LayerNorm(4 * dim, eps=EPS, **dd)
-        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False, **dd)
+        self.reduction = Linear(4 * dim, 2 * dim, bias=False, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         B, C, H, W = x.shape

@@ -9,18 +9,43 @@ import re
 from collections.abc import Sequence
 
 import torch
-from timm.layers import ClassifierHead, LayerNorm2d, Mlp, calculate_drop_path_rates, trunc_normal_
+from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from visionattn.attention import NeighborhoodAttention
 from visionattn.backbone import Pyramid, Stage
-from visionattn.blocks import ScaledResidual, to_channels_last
+from visionattn.blocks import Linear, ScaledResidual, in_slices, to_channels_last
 from visionattn.weights import pretrained_cfgs
 
 __all__ = ["NAT"]
 
 EPS = 1e-5  # of every norm
+
+
+class Mlp(nn.Module):
+    """``fc2(gelu(fc1(x)))`` on [..., dim]."""
+
+    def __init__(self, dim: int, hidden: int, drop: float = 0.0, device=None, dtype=None) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.fc1 = Linear(dim, hidden, **dd)
+        self.act = nn.GELU()
+        self.fc2 = Linear(hidden, dim, **dd)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return self._mlp(x)
+        else:
+            return self._sliced(x)
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+
+    @torch.jit.unused
+    def _sliced(self, x: Tensor) -> Tensor:
+        return in_slices(self._mlp, x, self.fc1.out_features, self.fc1.in_features)
 
 
 class Block(nn.Module):
@@ -44,7 +69,7 @@ class Block(nn.Module):
         self.attn = NeighborhoodAttention(dim, num_heads, proj_drop=proj_drop, **attention, **dd)
         self.residual1 = ScaledResidual(dim, layer_scale, drop_path, **dd)
         self.norm2 = nn.LayerNorm(dim, eps=EPS, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), proj_drop, **dd)
         self.residual2 = ScaledResidual(dim, layer_scale, drop_path, **dd)
 
     def forward(self, x: Tensor) -> Tensor:

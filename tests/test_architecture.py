@@ -16,8 +16,8 @@ TOP = {"backbones", "kernels", "configs", "weights"}  # folders of the checkout 
 # Low to high: a module imports from its own layer and from lower ones.
 LAYERS = (
     {"kernels", "weights", "configs"},
-    {"blocks", "attention"},
-    {"backbone"},
+    {"blocks", "attention", "checkpoints"},
+    {"backbone", "natten"},
     {"backbones"},
     {"train", "benchmark"},
 )

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from visionattn import blocks
-from visionattn.blocks import ScaledResidual2d, in_slices
+from visionattn.blocks import Linear, ScaledResidual, ScaledResidual2d, in_slices
 
 
 class Recorder(nn.Module):
@@ -59,3 +59,44 @@ def test_residual_drops_whole_samples_only_in_training(training):
     x, branch = torch.zeros(64, 4, 2, 2), torch.ones(64, 4, 2, 2)
     kinds = {tuple(sample.unique().tolist()) for sample in layer(x, branch)}
     assert kinds == ({(0.0,), (1.0,)} if training else {(0.5,)})
+
+
+@pytest.mark.parametrize("shape", [(16,), (3, 16), (2, 4, 5, 16), (1, 7, 7, 16), (0, 4, 16), (2, 8, 6, 16)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_linear_equals_pytorch_s(shape, bias, dtype):
+    layer = Linear(16, 24, bias=bias, dtype=dtype)
+    x = torch.randn(shape, dtype=dtype).requires_grad_()
+    y, expected = layer(x), nn.functional.linear(x, layer.weight, layer.bias)
+    assert y.is_contiguous()
+    torch.testing.assert_close(y, expected)
+    leaves = [x, *layer.parameters()]
+    grads = torch.autograd.grad(y.square().sum(), leaves)
+    for actual, reference in zip(grads, torch.autograd.grad(expected.square().sum(), leaves), strict=True):
+        torch.testing.assert_close(actual, reference)
+
+
+def test_linear_takes_any_strides_and_autocast():
+    layer = Linear(8, 4)
+    x = torch.randn(2, 8, 6, 5)
+    torch.testing.assert_close(layer(x.permute(0, 2, 3, 1)), layer(x.permute(0, 2, 3, 1).contiguous()))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x.permute(0, 2, 3, 1)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("init_value", [None, 0.5])
+@pytest.mark.parametrize("training", [True, False])
+def test_residual_with_channels_last(init_value, training):
+    layer = ScaledResidual(4, init_value, drop_path=0.5).train(training)
+    assert (layer.gamma is None) == (init_value is None)
+    kinds = {tuple(s.unique().tolist()) for s in layer(torch.zeros(64, 2, 2, 4), torch.ones(64, 2, 2, 4))}
+    scale = init_value or 1.0
+    assert kinds == ({(0.0,), (2 * scale,)} if training else {(scale,)})
+
+
+def test_slices_count_the_positions_of_maps_with_channels_last(monkeypatch):
+    monkeypatch.setattr(blocks, "SLICE_BYTES", 2 * 16 * 12 * 4)
+    branch = Recorder()
+    with torch.no_grad():
+        in_slices(branch, torch.randn(5, 3, 4, 7), widest=16, channels=7)
+    assert branch.batches == [2, 2, 1]

@@ -3,10 +3,11 @@
 from collections.abc import Callable
 
 import torch
-from timm.layers import DropPath
+import torch.nn.functional as F
+from timm.layers import DropPath, register_notrace_module
 from torch import Tensor, nn
 
-__all__ = ["ScaledResidual", "ScaledResidual2d", "in_slices"]
+__all__ = ["Linear", "ScaledResidual", "ScaledResidual2d", "in_slices", "to_channels_last"]
 
 # Twice a core's second-level cache or a share of the third. Measured on VAN at 224 px, batch 8, two threads: 1.8 times
 # (B0) and 1.4 times (B2) the speed of whole batches, whose maps above 32 MiB the allocator returns to the system
@@ -22,23 +23,55 @@ def to_channels_last(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
-def in_slices(branch: Callable[[Tensor], Tensor], x: Tensor, widest: int) -> Tensor:
+def in_slices(branch: Callable[[Tensor], Tensor], x: Tensor, widest: int, channels: int | None = None) -> Tensor:
     """``branch(x)``, a few samples at a time where that keeps its widest map in the CPU's cache.
 
     Only inference on a CPU is sliced: training keeps every map anyway, and compilers and exporters get the plain call.
 
     Args:
         branch: Function of each sample alone, such as an MLP.
-        x: Batch of maps. [B, C, H, W]
+        x: Batch of maps, [B, C, H, W] or with the channels elsewhere.
         widest: Channels of the widest map inside ``branch``, at the resolution of ``x``.
+        channels: Channels of ``x``, if they are not its axis 1.
     """
     plain = type(x) is not Tensor or x.device.type != "cpu" or torch.is_grad_enabled()
     if plain or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return branch(x)
-    samples = max(1, SLICE_BYTES // max(1, widest * x[0, 0].numel() * x.element_size())) if len(x) else 1
+    positions = x.shape[1:].numel() // (channels or x.shape[1] or 1)
+    samples = max(1, SLICE_BYTES // max(1, widest * positions * x.element_size()))
     if samples >= len(x):
         return branch(x)
     return torch.cat([branch(part) for part in x.split(samples)])
+
+
+@register_notrace_module  # which operator runs depends on the tensor
+class Linear(nn.Linear):
+    """``nn.Linear`` that float32 on a CPU runs as the 1x1 convolution of oneDNN, the same matrix product.
+
+    Measured on an AMD EPYC at the shapes of NAT-Tiny: forward 1.9 to 2.6 times, forward and backward 1.3 to 2 times the
+    speed of ``F.linear``, which is MKL's.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return F.linear(x, self.weight, self.bias)
+        else:
+            return self._fastest(x)
+
+    @torch.jit.unused
+    def _fastest(self, x: Tensor) -> Tensor:
+        plain = x.device.type != "cpu" or x.dtype != torch.float32 or not torch.backends.mkldnn.is_available()
+        recording = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if plain or recording or x.dim() < 3 or torch.is_autocast_enabled("cpu"):
+            return F.linear(x, self.weight, self.bias)
+        # On one thread PyTorch leaves convolutions of less than 16 samples to MKL.
+        positions = x.shape[:-1].numel()
+        samples = 16 if positions % 16 == 0 else len(x)
+        if positions == 0 or (samples < 16 and torch.get_num_threads() == 1):
+            return F.linear(x, self.weight, self.bias)
+        y = x.reshape(samples, -1, 1, self.in_features).permute(0, 3, 1, 2)
+        y = F.conv2d(y, self.weight[:, :, None, None], self.bias)
+        return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], self.out_features)
 
 
 class ScaledResidual2d(nn.Module):

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from timm.layers import is_exportable, is_scriptable, register_notrace_module, trunc_normal_
 from torch import Tensor, nn
 
+from visionattn.blocks import Linear
 from visionattn.kernels import _dispatch, neighborhood_attention
 
 __all__ = ["NeighborhoodAttention"]
@@ -84,13 +85,13 @@ class NeighborhoodAttention(nn.Module):
         self.small_maps = small_maps
         self.rope_theta = rope_theta
         self.plain = is_exportable() or is_scriptable()  # timm's switches: layers built under them use plain operators
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         if position == "bias":
             self.rpb = nn.Parameter(torch.empty(num_heads, *(2 * K - 1 for K in self.kernel_size), **dd))
         else:
             self.register_parameter("rpb", None)
         self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj = Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
         self.reset_parameters()
 
