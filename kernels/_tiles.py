@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-# Measured on the CPU with head dim 32: a tile of n queries costs as much as n + 19 times the keys it sees, and another
+# Measured on the CPU with head dim 32: a tile of n queries costs as much as n + 24 times the keys it sees, and another
 # group as much as some 7000 pairs of query and key.
-TILE_COST = 19
+TILE_COST = 24
 GROUP_COST = 7000
 SIDES = (*range(1, 17), *range(20, 68, 4))
 
@@ -44,21 +44,12 @@ class Axis(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Tiles that are alike. The index into flat map positions takes them in the order of its attributes' products."""
+    """Tiles that are alike: their axes, how many they are, and how many queries and keys each has."""
 
     axes: tuple[Axis, ...]
-
-    @property
-    def tiles(self) -> int:
-        return math.prod(a.residues * a.run.count for a in self.axes)
-
-    @property
-    def queries(self) -> int:
-        return math.prod(a.run.tile for a in self.axes)
-
-    @property
-    def keys(self) -> int:
-        return math.prod(a.run.span for a in self.axes)
+    tiles: int
+    queries: int
+    keys: int
 
 
 def _start(rank: int, length: int, window: int, causal: bool) -> int:
@@ -100,11 +91,18 @@ def _cuts(length: int, window: int, causal: bool) -> list[tuple[tuple[Run, ...],
     return best
 
 
-@lru_cache(maxsize=256)
+@torch.compiler.assume_constant_result  # a compiler takes the plan as it is and does not trace the search for it
 def plan(
     spatial: tuple[int, ...], window: tuple[int, ...], dilation: tuple[int, ...], causal: tuple[bool, ...], heads: int
 ) -> tuple[Group, ...]:
     """Cut a map into groups of tiles so that attention costs least."""
+    return _plan(spatial, window, dilation, causal, heads)
+
+
+@lru_cache(maxsize=256)
+def _plan(
+    spatial: tuple[int, ...], window: tuple[int, ...], dilation: tuple[int, ...], causal: tuple[bool, ...], heads: int
+) -> tuple[Group, ...]:
     kinds = []  # per axis: first residue, residues, length
     for L, d in zip(spatial, dilation, strict=True):
         longer = L % d
@@ -121,7 +119,9 @@ def plan(
 
         best = min(itertools.product(*cuts), key=price)
         for runs in itertools.product(*(cut[0] for cut in best)):
-            groups.append(Group(tuple(Axis(*k, run) for k, run in zip(kind, runs, strict=True))))
+            axes = tuple(Axis(*k, run) for k, run in zip(kind, runs, strict=True))
+            sizes = zip(*((a.residues * r.count, r.tile, r.span) for a, r in zip(axes, runs, strict=True)), strict=True)
+            groups.append(Group(axes, *map(math.prod, sizes)))
     return tuple(groups)
 
 
@@ -196,21 +196,27 @@ def tables(
     for axis, (K, c) in enumerate(zip(window, causal, strict=True)):
         distinct = dict.fromkeys(group.axes[axis] for group in groups)
         every.append({a: offsets(a, K, c, device).flatten() for a in distinct})
-    return Tables(queries, keys, torch.cat(queries).argsort(), tuple(every))
+    order = torch.cat(queries)
+    inverse = order.scatter(0, order, torch.arange(order.numel(), device=device))
+    return Tables(queries, keys, inverse, tuple(every))
 
 
 @lru_cache(maxsize=64)
-def _kept(make: Callable[..., Tables], *arguments: Any) -> Tables:
+def _kept(*arguments: Any) -> Tables:
     with torch.inference_mode(False):  # a tensor made in inference mode could not be used for training later
-        return make(*arguments)
+        return tables(*arguments)
+
+
+def eager(x: Tensor) -> bool:
+    """Whether a tensor is a plain one with values: nothing traces, compiles, maps or differentiates by torch.func."""
+    level = getattr(torch._C._functorch, "maybe_current_level", lambda: None)
+    return type(x) is Tensor and level() is None and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
 
 
 def tables_for(x: Tensor, *arguments: Any) -> Tables:
     """The tables for a tensor's device, kept for the next call of the same shape where tensors outlive the call."""
-    level = getattr(torch._C._functorch, "maybe_current_level", lambda: None)
-    if type(x) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing() or level() is not None:
-        return tables(*arguments, x.device)
-    return _kept(tables, *arguments, x.device)
+    make = _kept if eager(x) else tables
+    return make(*arguments, x.device)
 
 
 def additive_masks(

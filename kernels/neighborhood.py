@@ -10,6 +10,7 @@ dilation arXiv 2209.15001).
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -57,76 +58,90 @@ def neighborhood_attention_torch(
 ) -> Tensor:
     """The fastest form known in plain PyTorch operators. Arguments as in :func:`neighborhood_attention`, per axis.
 
-    Tiles of neighboring queries attend to all the keys that one of them sees, under a mask. See ``_tiles.py``.
+    Tiles of neighboring queries attend to all the keys that one of them sees, under a mask. See ``_tiles.py``. Second
+    derivatives without a trained bias need the reference.
     """
-    B, *sides, h, D = q.shape
-    spatial = tuple(map(int, sides))
     trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, bias))
-    if torch.compiler.is_compiling() and not _dispatch.exporting() and not trained:
-        return _gathered(q, k, v, kernel_size, dilation, bias, is_causal, scale)
-    groups = _tiles.plan(spatial, kernel_size, dilation, is_causal, h)
+    arguments = (q, k, v, kernel_size, dilation, bias, is_causal, scale)
+    if torch.compiler.is_compiling() and not _dispatch.exporting():  # twice the speed, and compiled in seconds
+        return _gathered(*arguments)
+    if _dispatch.exporting():
+        return _tiled(*arguments, trained=False, contain=False)  # the same graph, whether or not gradients are on
+    if q.device.type != "cpu" or not _tiles.eager(q):  # to look at the result would cost a synchronisation
+        return _tiled(*arguments, trained, contain=True)
+    out = _tiled(*arguments, trained, contain=False)
+    # What spreads within a tile, from keys and values that its other queries see, is never finite.
+    if out.detach().sum(dtype=torch.promote_types(out.dtype, torch.float32)).isfinite():
+        return out
+    return _tiled(*arguments, trained, contain=True)
+
+
+def _tiled(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kernel_size: tuple[int, ...],
+    dilation: tuple[int, ...],
+    bias: Tensor | None,
+    is_causal: tuple[bool, ...],
+    scale: float,
+    trained: bool,
+    contain: bool,
+) -> Tensor:
+    """Attention tile by tile; ``contain`` keeps NaN and Inf from the queries of a tile that do not see their cause."""
+    B, *sides, h, D = q.shape
+    spatial = tuple(operator.index(side) for side in sides)  # a compiler makes one graph for each size of the map
+    groups = _tiles.plan(spatial, kernel_size, dilation, is_causal, operator.index(h))
     tables = _tiles.tables_for(q, groups, spatial, kernel_size, dilation, is_causal)
     masks = _tiles.additive_masks(bias, groups, tables, kernel_size, q.dtype)
-    contain = _contains_non_finite(q, k, v, scale)
-    values = torch.where(v.isfinite(), v, 0) if contain else v
+    whole = len(groups) == 1 and groups[0].tiles == 1
     start = torch.arange(B, device=q.device)[:, None] * math.prod(spatial)
 
-    def rows(x: Tensor, index: tuple[Tensor, ...]) -> Iterator[Tensor]:
+    def tiles(x: Tensor, index: tuple[Tensor, ...]) -> Iterator[Tensor]:
         x = x.reshape(-1, h * D)
-        if len(groups) == 1 and groups[0].tiles == 1:
+        if whole:
             return iter((x,))
         if not trained:  # one group at a time needs less memory
             return (x.index_select(0, (start + i).flatten()) for i in index)
         every = torch.cat([(start + i).flatten() for i in index])
         return iter(x.index_select(0, every).split([B * i.numel() for i in index]))
 
+    finite = [torch.where(t.isfinite(), t, 0) for t in (k, v)] if contain else [k, v]
+    rows = (tiles(q, tables.queries), *(tiles(t, tables.keys) for t in finite))
     parts = []
-    each = zip(groups, masks, rows(q, tables.queries), rows(k, tables.keys), rows(values, tables.keys), strict=True)
-    for group, mask, *tiles in each:
-        tiles = [
-            t.view(-1, n, h, D).transpose(1, 2)
-            for t, n in zip(tiles, (group.queries, group.keys, group.keys), strict=True)
-        ]
-        part = _attend(*tiles, mask, scale, contain)
-        parts.append(part.transpose(1, 2).reshape(B, -1, h * D))
-    out = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-    if groups[0].tiles > 1 or len(groups) > 1:
-        out = out.index_select(1, tables.inverse)
+    for group, mask, *qkv in zip(groups, masks, *rows, strict=True):
+        sizes = (group.queries, group.keys, group.keys)
+        qkv = [t.view(-1, size, h, D).transpose(1, 2) for t, size in zip(qkv, sizes, strict=True)]
+        part = _attend(*qkv, mask, scale, trained and mask.requires_grad, contain).transpose(1, 2)
+        if _dispatch.exporting():  # SDPA's layout is not the same for every runtime
+            part = part.clone(memory_format=torch.contiguous_format)
+        parts.append(part.reshape(B, group.tiles * group.queries, h * D))
+    out = parts[0] if whole else torch.cat(parts, 1).index_select(1, tables.inverse)
     out = out.view(q.shape)
-    return _with_nan_where_seen(out, v, kernel_size, dilation, is_causal) if contain else out
+    return _with_nan_where_seen(out, k, v, kernel_size, dilation, is_causal) if contain else out
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, contain: bool) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, trained: bool, contain: bool) -> Tensor:
     """Attention of tiles. q: [n, h, T, D]; k, v: [n, h, S, D]; mask: [h or 1, T, S]"""
-    if not contain and not mask.requires_grad:
+    if not trained and not (contain and q.device.type == "cpu"):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[None], scale=scale)
-    # SDPA has no fast kernel where the mask needs a gradient; and only here can a logit of NaN be masked.
+    # SDPA is slow where the mask needs a gradient, and cannot mask a logit that has overflowed.
     logits = (q * scale) @ k.transpose(-1, -2) + mask
     if contain:
         logits = logits.masked_fill(mask == -torch.inf, -torch.inf)
     return logits.softmax(-1) @ v
 
 
-def _contains_non_finite(q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:
-    """Whether NaN, Inf or overflow could spread within tiles: to queries whose window does not hold the cause."""
-    if _dispatch.exporting() or q.numel() == 0:
-        return False
-    if q.device.type != "cpu" or torch.compiler.is_compiling():
-        return True  # to look would cost a synchronisation
-    try:
-        largest = [float(t.detach().abs().amax()) for t in (q, k, v)]
-    except RuntimeError:
-        return True
-    return not (
-        largest[2] < math.inf and largest[0] * largest[1] * q.shape[-1] * abs(scale) < torch.finfo(q.dtype).max / 4
-    )
-
-
 def _with_nan_where_seen(
-    out: Tensor, v: Tensor, kernel_size: tuple[int, ...], dilation: tuple[int, ...], is_causal: tuple[bool, ...]
+    out: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kernel_size: tuple[int, ...],
+    dilation: tuple[int, ...],
+    is_causal: tuple[bool, ...],
 ) -> Tensor:
-    """NaN for every query and head that sees a value of NaN or Inf."""
-    bad = ~v.isfinite().all(-1)
+    """NaN for every query and head that sees a key or value with a NaN or Inf."""
+    bad = ~(k.isfinite() & v.isfinite()).all(-1)
     for axis, (K, d, c) in enumerate(zip(kernel_size, dilation, is_causal, strict=True), 1):
         keys, _, _ = axis_windows(bad.shape[axis], K, d, c, v.device)
         bad = bad.index_select(axis, keys.flatten()).unflatten(axis, keys.shape).any(axis + 1)
@@ -145,7 +160,8 @@ def _gathered(
 ) -> Tensor:
     """The reference in elementwise operators, which a compiler fuses with the gather, so that it is never stored."""
     precise = torch.promote_types(q.dtype, torch.float32)
-    keys, offsets, exists = map_windows(q.shape[1:-2], kernel_size, dilation, is_causal, q.device)
+    spatial = tuple(operator.index(side) for side in q.shape[1:-2])
+    keys, offsets, exists = map_windows(spatial, kernel_size, dilation, is_causal, q.device)
     rows, k, v = (t.flatten(1, -3) for t in (q, k, v))  # B N h D
     logits = (k[:, keys].to(precise) * (rows.to(precise) * scale)[:, :, None]).sum(-1)  # B N S h
     if bias is not None:
@@ -201,11 +217,11 @@ def neighborhood_attention(
     is_causal = per_axis("is_causal", is_causal, axes, bool)
     if not torch.jit.is_tracing():  # which warns of every comparison
         _check(q, k, v, kernel_size, dilation, bias)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = operator.index(q.shape[-1]) ** -0.5 if scale is None else float(scale)
     q, k, v = _dispatch.autocast(q, k, v)
-    # Without the kernels in place there is nothing to choose.
-    reason = "they do not exist yet"
-    chosen = _dispatch.choose("neighborhood_attention", q, backend, lambda: reason)
+    chosen = _dispatch.choose(
+        "neighborhood_attention", q, backend, lambda: "there are no kernels for it yet"
+    )
     return _IMPLEMENTATIONS[chosen](q, k, v, kernel_size, dilation, bias, is_causal, scale)
 
 
