@@ -6,7 +6,6 @@ a block; the stages are grouped as timm expects, maps stay channels_last, and an
 """
 
 import math
-import re
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from visionattn.attention import LargeKernelAttention
 from visionattn.backbone import Pyramid, Stage
 from visionattn.blocks import ScaledResidual2d, in_slices, to_channels_last
+from visionattn.checkpoints import rename_checkpoint
 from visionattn.weights import pretrained_cfgs
 
 __all__ = ["VAN"]
@@ -162,11 +162,7 @@ class VAN(Pyramid):
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Rename the parameters of the authors' release; a state dict with our own names is returned as it is."""
-    state_dict = state_dict.get("state_dict", state_dict.get("model", state_dict))
-    if "stem.proj.weight" in state_dict:
-        return state_dict
     rules = (
-        (r"^module\.", ""),
         (r"^patch_embed1\.", "stem."),
         (r"^patch_embed(\d)\.", lambda m: f"stages.{int(m[1]) - 1}.downsample."),
         (r"^block(\d)\.", lambda m: f"stages.{int(m[1]) - 1}.blocks."),
@@ -175,12 +171,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
         (r"\.layer_scale_(\d)$", r".residual\1.gamma"),
         (r"\.dwconv\.dwconv\.", ".dwconv."),
     )
-    renamed = {}
-    for name, value in state_dict.items():
-        for pattern, replacement in rules:
-            name = re.sub(pattern, replacement, name)
-        renamed[name] = value
-    return renamed
+    return rename_checkpoint(state_dict, rules)
 
 
 default_cfgs = generate_default_cfgs(pretrained_cfgs("van", first_conv="stem.proj", classifier="head.fc"))

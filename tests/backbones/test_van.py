@@ -76,7 +76,7 @@ def authors_names(state_dict):
 
 
 @pytest.mark.parametrize("nesting", ["state_dict", "model", None])
-@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("prefix", ["", "module.", "backbone."])
 def test_authors_checkpoints_load_whole(nesting, prefix):
     model = VAN(num_classes=5, **TINY)
     theirs = {prefix + name: value for name, value in authors_names(model.state_dict()).items()}
@@ -85,10 +85,11 @@ def test_authors_checkpoints_load_whole(nesting, prefix):
     assert converted.keys() == model.state_dict().keys()
 
 
-def test_native_state_dict_passes_the_conversion_unchanged_even_without_head():
+def test_native_state_dict_passes_the_conversion_unchanged_even_without_head_or_stem():
     model = VAN(num_classes=5, **TINY)
-    native = {name: value for name, value in model.state_dict().items() if not name.startswith("head.")}
-    assert checkpoint_filter_fn(native, model) is native
+    for part in ("", "head.", "stem."):
+        native = {name: value for name, value in model.state_dict().items() if not part or not name.startswith(part)}
+        assert checkpoint_filter_fn(native, model) is native
 
 
 @pytest.mark.parametrize("size", [(250, 230), (33, 65), (32, 32), (1, 1)])
