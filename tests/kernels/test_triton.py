@@ -16,5 +16,6 @@ def test_kernels_in_the_interpreter(run_python):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 def test_kernels_on_the_gpu(run_python):
     print(run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", CASES, TRITON_INTERPRET=None))
