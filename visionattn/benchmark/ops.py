@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from visionattn.benchmark.runner import Candidate, Case, Workload
-from visionattn.kernels import depthwise_conv2d, gated_pointwise
+from visionattn.kernels import depthwise_conv2d, gated_pointwise, neighborhood_attention
+from visionattn.kernels._windows import map_windows
 
 __all__ = ["OPS", "SIZE_SETS", "OpBenchmark", "OpCase", "Size", "op_benchmark", "op_case", "parse_candidate"]
 
@@ -46,6 +47,7 @@ def _sizes(text: str) -> tuple[Size, ...]:
 SIZE_SETS = {
     "van_b0": _sizes("56x56x32 28x28x64 14x14x160 7x7x256"),
     "van_b2": _sizes("56x56x64 28x28x128 14x14x320 7x7x512"),
+    "nat_tiny": _sizes("56x56x64 28x28x128 14x14x256 7x7x512"),
     "large": _sizes("112x112x64"),
 }
 
@@ -224,3 +226,39 @@ def lka(batch: int, size: Size, rand: Callable[..., Tensor]) -> OpCase:
         ),
         functions=_by_backend(_lka),
     )
+
+
+def _neighborhood(batch: int, size: Size, rand: Callable[..., Tensor], dilation: int, biased: bool) -> OpCase:
+    heads = max(size.channels // 32, 1)
+    inputs = [rand(batch, size.height, size.width, 3, heads, size.channels // heads)]
+    if biased:
+        inputs.append(rand(heads, 13, 13))
+
+    def attend(qkv: Tensor, bias: Tensor | None = None, backend: str | None = None) -> Tensor:
+        return neighborhood_attention(*qkv.unbind(3), 7, dilation, bias, backend=backend)
+
+    def masked(qkv: Tensor, bias: Tensor | None = None) -> Tensor:
+        keys, offsets, _ = map_windows((size.height, size.width), (7, 7), (dilation,) * 2, (False,) * 2, qkv.device)
+        table = qkv.new_zeros(1, 13, 13) if bias is None else bias
+        mask = qkv.new_full((1, table.shape[0], *(len(keys),) * 2), -torch.inf)
+        mask = mask.scatter(3, keys.expand(1, len(table), -1, -1), table.flatten(1)[None, :, offsets])
+        q, k, v = (t.flatten(1, 2).transpose(1, 2) for t in qkv.unbind(3))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return out.transpose(1, 2).unflatten(1, (size.height, size.width))
+
+    return OpCase(inputs=tuple(inputs), functions={**_by_backend(attend), "masked_sdpa": masked})
+
+
+NEIGHBORHOOD_CANDIDATES = ("reference", "torch", "triton", "torch+compile", "masked_sdpa")
+
+
+@op_benchmark("neighborhood7", size_set="nat_tiny", candidates=NEIGHBORHOOD_CANDIDATES)
+def neighborhood7(batch: int, size: Size, rand: Callable[..., Tensor]) -> OpCase:
+    """Neighborhood attention 7x7 with relative position bias, from a fused projection of heads of 32 channels."""
+    return _neighborhood(batch, size, rand, dilation=1, biased=True)
+
+
+@op_benchmark("neighborhood7_plain", size_set="nat_tiny", candidates=NEIGHBORHOOD_CANDIDATES)
+def neighborhood7_plain(batch: int, size: Size, rand: Callable[..., Tensor]) -> OpCase:
+    """Neighborhood attention 7x7 without bias."""
+    return _neighborhood(batch, size, rand, dilation=1, biased=False)
