@@ -1,0 +1,186 @@
+"""Triton kernels of neighborhood attention: forward, backward and the gradient of the relative position bias.
+
+    out[i] = sum_j p[i, j] v[j],   p[i, :] = softmax_j(scale * q[i] . k[j] + bias[j - i]),   j in the window of i
+
+Shapes: B batch, Z planes, Y rows, X columns, h heads, D head dim, K window side. A 1-D map is one row, a 2-D map one
+plane. Every sum has a fixed order: results are the same, bit by bit, on every run.
+
+NaN and Inf in q, k and v reach the outputs of those queries only whose window holds them, as in the reference: a tile
+whose result holds any is computed again, slowly, one query at a time. Gradients have no such promise: NaN or Inf in
+an input or an incoming gradient may spread to all gradients of the tiles around it, and to that of the bias.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+
+import torch
+from torch import Tensor
+
+from visionattn.kernels import _dispatch
+from visionattn.kernels._flops import flop_formula
+from visionattn.kernels._neighborhood_kernels import _neighborhood_bwd_dkv, _neighborhood_bwd_dq, _neighborhood_fwd
+from visionattn.kernels._neighborhood_launch import (
+    FORWARD,
+    GRAD_KEY,
+    GRAD_QUERY,
+    GRAD_QUERY_BIAS,
+    flops,
+    launch,
+    strides,
+    unsupported,
+)
+
+__all__ = ["neighborhood_attention_triton", "unsupported"]
+
+
+@torch.library.custom_op("visionattn::neighborhood_attention", mutates_args=())
+def _neighborhood(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    kernel_size: list[int],
+    dilation: list[int],
+    is_causal: list[bool],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The output and the log-sum-exp of the logits, in base 2. The last axis of q, k, v is contiguous, so is bias."""
+    out, lse = _empty_results(q)
+    if out.numel() == 0:
+        return out, lse
+    grid, sizes, constants = launch(FORWARD, q, kernel_size, dilation, is_causal, bias)
+    _neighborhood_fwd[grid](
+        q, k, v, q if bias is None else bias, out, lse, *map(strides, (q, k, v, out)),
+        *sizes, *_in_base_2(scale), **constants,
+    )  # fmt: skip
+    return out, lse
+
+
+def _empty_results(q: Tensor) -> tuple[Tensor, Tensor]:
+    out = torch.empty(q.shape, device=q.device, dtype=q.dtype)
+    return out, torch.empty(q.shape[:-1], device=q.device, dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+def _in_base_2(scale: float) -> tuple[float, float]:
+    """The scale of logits in base 2 as float32 and what that leaves, which float64 needs."""
+    scale *= math.log2(math.e)
+    high = ctypes.c_float(scale).value
+    return high, scale - high
+
+
+@_neighborhood.register_fake
+def _(q, k, v, bias, kernel_size, dilation, is_causal, scale):
+    return _empty_results(q)
+
+
+@torch.library.custom_op("visionattn::neighborhood_attention_backward", mutates_args=())
+def _neighborhood_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    kernel_size: list[int],
+    dilation: list[int],
+    is_causal: list[bool],
+    scale: float,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of q, k, v and bias, the last (a sum of partial sums: no atomics) empty if not wanted."""
+    dq, dk, dv, dbias = _empty_gradients(q, bias, bias_grad)
+    if q.numel() == 0:
+        return dq, dk, dv, dbias.zero_()
+    delta = torch.empty_like(lse)
+    grad_strides, q_strides, k_strides, v_strides, out_strides = map(strides, (grad, q, k, v, out))
+    table = q if bias is None else bias
+    kernel = GRAD_QUERY_BIAS if bias_grad else GRAD_QUERY
+    grid, sizes, constants = launch(kernel, q, kernel_size, dilation, is_causal, bias)
+    parts = lse
+    window = constants["WINDOW"]
+    if bias_grad:
+        make = torch.zeros if window[0] > 1 else torch.empty  # a program writes the planes that it sees
+        shape = (grid[0], 2 * window[0] - 1, constants["BINS"], constants["BLOCK_N"])
+        parts = make(shape, device=q.device, dtype=lse.dtype)
+    _neighborhood_bwd_dq[grid](
+        grad, q, k, v, table, out, lse, delta, dq, parts, grad_strides, q_strides, k_strides, v_strides, out_strides,
+        *sizes, *_in_base_2(scale), **constants,
+    )  # fmt: skip
+    if bias_grad:
+        rows = constants["BLOCK_N"] // constants["PITCH"]
+        parts = parts.unflatten(0, (-1, q.shape[-2])).sum(0).unflatten(-1, (rows, -1))  # h 2KZ-1 BINS rows PITCH
+        K_y, K_x = 2 * window[1] - 1, 2 * window[2] - 1
+        total = sum(parts[:, :, rows - 1 - r : rows - 1 - r + K_y, r, :K_x] for r in range(rows))
+        dbias.copy_(total.reshape(bias.shape))
+    grid, sizes, constants = launch(GRAD_KEY, q, kernel_size, dilation, is_causal, bias)
+    _neighborhood_bwd_dkv[grid](
+        grad, q, k, v, table, lse, delta, dk, dv, grad_strides, q_strides, k_strides, v_strides, out_strides,
+        *sizes, *_in_base_2(scale), **constants,
+    )  # fmt: skip
+    return dq, dk, dv, dbias
+
+
+def _empty_gradients(q: Tensor, bias: Tensor | None, bias_grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dq, dk, dv = (torch.empty(q.shape, device=q.device, dtype=q.dtype) for _ in range(3))
+    return dq, dk, dv, torch.empty(bias.shape, device=q.device, dtype=bias.dtype) if bias_grad else q.new_empty(0)
+
+
+@_neighborhood_backward.register_fake
+def _(grad, q, k, v, bias, out, lse, kernel_size, dilation, is_causal, scale, bias_grad):
+    return _empty_gradients(q, bias, bias_grad)
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:4], *output)
+    ctx.arguments = inputs[4:]
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad, grad_lse):
+    if grad is None:
+        return (None,) * 8
+    q, k, v, bias, out, lse = ctx.saved_tensors
+    bias_grad = ctx.needs_input_grad[3]
+    *grads, dbias = _neighborhood_backward(_last_contiguous(grad), q, k, v, bias, out, lse, *ctx.arguments, bias_grad)
+    return *grads, dbias if bias_grad else None, *(None,) * 4
+
+
+_neighborhood.register_autograd(_backward, setup_context=_save)
+
+
+@flop_formula("neighborhood_attention")
+def _flops(q_shape, k_shape, v_shape, bias_shape, kernel_size, *args, **kwargs) -> int:
+    return flops(q_shape, kernel_size, products=2)
+
+
+@flop_formula("neighborhood_attention_backward")
+def _flops_backward(
+    grad_shape, q_shape, k_shape, v_shape, bias_shape, saved_out, saved_lse, window, *args, **kw
+) -> int:
+    return flops(q_shape, window, products=5)  # the logits once more, then dp, dq, dk, dv
+
+
+def _last_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def neighborhood_attention_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kernel_size: tuple[int, ...],
+    dilation: tuple[int, ...],
+    bias: Tensor | None,
+    is_causal: tuple[bool, ...],
+    scale: float,
+) -> Tensor:
+    """The Triton kernels. Arguments as in :func:`neighborhood_attention`, one value per axis.
+
+    They read q, k and v in place if their last axis is contiguous, as it is in views of one projection.
+    """
+    q, k, v = map(_last_contiguous, _dispatch.autocast(q, k, v))
+    bias = None if bias is None else bias.contiguous()
+    return _neighborhood(q, k, v, bias, list(kernel_size), list(dilation), list(is_causal), scale)[0]
