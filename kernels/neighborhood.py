@@ -19,6 +19,7 @@ from torch import Tensor
 
 from visionattn.kernels import _dispatch, _tiles
 from visionattn.kernels._windows import axis_windows, map_windows, per_axis
+from visionattn.kernels.neighborhood_triton import neighborhood_attention_triton, unsupported
 
 MAX_AXES = 3
 
@@ -220,12 +221,13 @@ def neighborhood_attention(
     scale = operator.index(q.shape[-1]) ** -0.5 if scale is None else float(scale)
     q, k, v = _dispatch.autocast(q, k, v)
     chosen = _dispatch.choose(
-        "neighborhood_attention", q, backend, lambda: "there are no kernels for it yet"
+        "neighborhood_attention", q, backend, lambda: unsupported(q, kernel_size, dilation, is_causal, bias)
     )
     return _IMPLEMENTATIONS[chosen](q, k, v, kernel_size, dilation, bias, is_causal, scale)
 
 
 _IMPLEMENTATIONS = {
+    "triton": neighborhood_attention_triton,
     "torch": neighborhood_attention_torch,
     "reference": neighborhood_attention_reference,
 }
