@@ -5,7 +5,6 @@ Original code: SHI-Labs/Neighborhood-Attention-Transformer (MIT). Same computati
 smaller than a window that natten had when the checkpoints were trained; stages are grouped as timm expects.
 """
 
-import re
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from visionattn.attention import NeighborhoodAttention
 from visionattn.backbone import Pyramid, Stage
 from visionattn.blocks import Linear, ScaledResidual, in_slices, to_channels_last
+from visionattn.checkpoints import rename_checkpoint
 from visionattn.weights import pretrained_cfgs
 
 __all__ = ["NAT"]
@@ -216,32 +216,18 @@ class NAT(Pyramid):
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Rename the parameters of the authors' NAT, DiNAT and DiNAT_s; our own state dict is returned as it is.
 
-    Of a detector or segmenter the backbone is taken. It has a norm per output in place of the final norm and the
-    classifier, so load it with ``features_only=True`` or ``num_classes=0``; the norms per output belong to the decoder
-    and are left out.
+    A detector or segmenter has a norm per output in place of the final norm and the classifier. Those belong to its
+    decoder and are left out; load the rest with ``features_only=True`` or ``num_classes=0``.
     """
-    state_dict = state_dict.get("state_dict", state_dict.get("model", state_dict))
-    if any(name.startswith(("stem.", "stages.")) for name in state_dict):
-        return state_dict
-    state_dict = {name.removeprefix("module."): value for name, value in state_dict.items()}
-    backbone = "backbone."
-    if any(name.startswith(backbone) for name in state_dict):
-        state_dict = {n.removeprefix(backbone): v for n, v in state_dict.items() if n.startswith(backbone)}
     rules = (
+        (r"^norm\d\.", None),
         (r"^patch_embed\.", "stem."),
         (r"^(?:levels|layers)\.(\d)\.downsample\.", lambda m: f"stages.{int(m[1]) + 1}.downsample."),
         (r"^(?:levels|layers)\.", "stages."),
         (r"^head\.", "head.fc."),
         (r"\.gamma(\d)$", r".residual\1.gamma"),
     )
-    renamed = {}
-    for name, value in state_dict.items():
-        if re.match(r"norm\d\.", name):
-            continue
-        for pattern, replacement in rules:
-            name = re.sub(pattern, replacement, name)
-        renamed[name] = value
-    return renamed
+    return rename_checkpoint(state_dict, rules)
 
 
 default_cfgs = generate_default_cfgs(pretrained_cfgs("nat", first_conv="stem.proj.0", classifier="head.fc"))
