@@ -60,9 +60,11 @@ class Linear(nn.Linear):
 
     @torch.jit.unused
     def _fastest(self, x: Tensor) -> Tensor:
-        plain = x.device.type != "cpu" or x.dtype != torch.float32 or not torch.backends.mkldnn.is_available()
-        recording = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if plain or recording or x.dim() < 3 or torch.is_autocast_enabled("cpu"):
+        # A compiler knows this as a matrix product, and cannot look into the backends.
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return F.linear(x, self.weight, self.bias)
+        onednn = x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+        if not onednn or x.dim() < 3 or torch.is_autocast_enabled("cpu"):
             return F.linear(x, self.weight, self.bias)
         # On one thread PyTorch leaves convolutions of less than 16 samples to MKL.
         positions = x.shape[:-1].numel()
