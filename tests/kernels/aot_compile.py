@@ -18,13 +18,26 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from visionattn.kernels import _triton, depthwise_conv2d, gated_pointwise
+from visionattn.kernels import _neighborhood_kernels, _neighborhood_launch, _triton, depthwise_conv2d, gated_pointwise
 
 depthwise, pointwise = (sys.modules[op.__module__] for op in (depthwise_conv2d, gated_pointwise))
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
-SIZES = ("n_runs", "runs_per_row", "C", "H", "W", "dilation", "M", "D")
+SIZES = ("n_runs", "runs_per_row", "C", "H", "W", "dilation", "M", "D", "heads")
+TUPLES = {"shape": 3, "dilation": 3, "tiles": 2} | {f"{name}_strides": 5 for name in ("grad", "q", "k", "v", "out")}
+SUMS = ("lse", "delta", "bias_parts")
+NEIGHBORHOOD = [  # head dim, window, ranks of the longest residue, whether there is dilation
+    (32, (1, 7, 7), (1, 56, 56), False),
+    (32, (1, 7, 7), (1, 14, 14), True),
+    (24, (1, 7, 7), (1, 56, 56), False),
+    (64, (1, 7, 7), (1, 56, 56), False),
+    (128, (1, 7, 7), (1, 56, 56), False),
+    (32, (1, 3, 3), (1, 28, 28), False),
+    (32, (1, 13, 13), (1, 56, 56), False),
+    (32, (1, 1, 31), (1, 1, 500), False),
+    (32, (3, 7, 7), (8, 28, 28), True),
+]
 
 
 def launches(dtype: str, every: bool):
@@ -40,6 +53,23 @@ def launches(dtype: str, every: bool):
         for precision in ("ieee", "tf32") if every and dtype == "fp32" else ("ieee",):
             constants = {"C": C, "HAS_BIAS": True, "ACC": acc, "PRECISION": precision}
             yield pointwise._gated_pointwise_fwd, config | constants, D % 16 == 0
+    yield from neighborhood_launches(dtype, acc, every)
+
+
+def neighborhood_launches(dtype: str, acc: tl.dtype, every: bool):
+    kernels, sizes = _neighborhood_kernels, _neighborhood_launch
+    for D, window, lengths, dilated in NEIGHBORHOOD if every else NEIGHBORHOOD[:1]:
+        for kernel, name, biases in (
+            (kernels._neighborhood_fwd, sizes.FORWARD, (True, False)),
+            (kernels._neighborhood_bwd_dq, sizes.GRAD_QUERY_BIAS, (True,)),
+            (kernels._neighborhood_bwd_dq, sizes.GRAD_QUERY, (False,)),
+            (kernels._neighborhood_bwd_dkv, sizes.GRAD_KEY, (True, False)),
+        ):
+            for bias in biases:
+                if every or bias:
+                    config = sizes.launch_config(name, D, window, lengths, (False,) * 3, bias, DTYPES[dtype])
+                    constants = {"ACC": acc, "PRECISION": "ieee"} | ({} if dilated else {"dilation": (1, 1, 1)})
+                    yield kernel, config | constants, D % 16 == 0
 
 
 def compiled(kernel, dtype: str, constants: dict, divisible: bool, target: GPUTarget):
@@ -50,10 +80,17 @@ def compiled(kernel, dtype: str, constants: dict, divisible: bool, target: GPUTa
     for index, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
+        elif name in TUPLES and kernel.__module__ == _neighborhood_kernels.__name__:
+            signature[name] = ("i32",) * TUPLES[name]
+            if divisible and name.endswith("strides"):
+                attributes |= {(index, i): [["tt.divisibility", 16]] for i in range(TUPLES[name])}
+            continue
+        elif name.startswith("scale"):
+            signature[name] = "fp32"
         elif name in SIZES:
             signature[name] = "i32"
         else:
-            signature[name] = "*" + (sums if partial and name == "out" else dtype)
+            signature[name] = "*" + (sums if name in SUMS or (partial and name == "out") else dtype)
         if signature[name].startswith("*") or (divisible and name in ("C", "D") and name not in constants):
             attributes[(index,)] = [["tt.divisibility", 16]]
     return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
@@ -84,7 +121,7 @@ def resources(program) -> dict[str, int]:
 
 def main() -> None:
     target, dtypes, extent = sys.argv[1:]
-    for module in (depthwise, pointwise):
+    for module in (depthwise, pointwise, _neighborhood_kernels):
         _triton.load_kernels(vars(module))
     rows = []
     for dtype in dtypes.split(","):

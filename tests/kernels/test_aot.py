@@ -10,11 +10,13 @@ pytest.importorskip("triton")
 COMPILER = str(Path(__file__).with_name("aot_compile.py"))
 # Shared memory that one program may use, in bytes.
 TARGETS = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
+KERNELS = {"_depthwise_fwd", "_depthwise_bwd_weight", "_gated_pointwise_fwd"}
+KERNELS |= {f"_neighborhood_{name}" for name in ("fwd", "bwd_dq", "bwd_dkv")}
 
 
 def compile_and_check(run_python, target, dtypes, every):
     rows = json.loads(run_python(COMPILER, target, dtypes, "every" if every else "some", TRITON_INTERPRET=None))
-    assert {row["kernel"] for row in rows} == {"_depthwise_fwd", "_depthwise_bwd_weight", "_gated_pointwise_fwd"}
+    assert {row["kernel"] for row in rows} == KERNELS
     for row in rows:
         assert row["shared"] <= TARGETS[target], row
         assert row["spilled"] <= 32, row  # bytes stored and loaded: four registers
