@@ -68,6 +68,8 @@ def neighborhood_attention_torch(
         return _gathered(*arguments)
     if _dispatch.exporting():
         return _tiled(*arguments, trained=False, contain=False)  # the same graph, whether or not gradients are on
+    if math.prod(kernel_size) == 1:  # nothing to share
+        return neighborhood_attention_reference(*arguments)
     if q.device.type != "cpu" or not _tiles.eager(q):  # to look at the result would cost a synchronisation
         return _tiled(*arguments, trained, contain=True)
     out = _tiled(*arguments, trained, contain=False)
