@@ -115,9 +115,7 @@ def _sizes(kernel: str, head_dim: int, dtype: torch.dtype) -> tuple[int, int, in
     grad_query = kernel in (GRAD_QUERY, GRAD_QUERY_BIAS)
     if dtype.itemsize == 8 or (grad_query and head_dim > 64):
         return 2, 16, 8, 1
-    if head_dim <= 32:
-        return 4 if grad_query else 8, 16, 4, 1
-    return 4, 16, 8 if grad_query or head_dim > 64 else 4, 1
+    return 4, 16, 8 if head_dim > (32 if grad_query else 64) else 4, 1
 
 
 def launch(
