@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from visionattn.attention import LargeKernelAttention
 from visionattn.backbone import Pyramid, Stage
-from visionattn.blocks import ScaledResidual2d, in_slices, to_channels_last
+from visionattn.blocks import ScaledResidual, in_slices, to_channels_last
 from visionattn.checkpoints import rename_checkpoint
 from visionattn.weights import pretrained_cfgs
 
@@ -77,8 +77,8 @@ class Block(nn.Module):
         self.attn = SpatialAttention(dim, **dd)
         self.norm2 = nn.BatchNorm2d(dim, **dd)
         self.mlp = ConvMlp(dim, int(dim * mlp_ratio), drop, **dd)
-        self.residual1 = ScaledResidual2d(dim, init_value=1e-2, drop_path=drop_path, **dd)
-        self.residual2 = ScaledResidual2d(dim, init_value=1e-2, drop_path=drop_path, **dd)
+        self.residual1 = ScaledResidual(dim, 1e-2, drop_path, nchw=True, **dd)
+        self.residual2 = ScaledResidual(dim, 1e-2, drop_path, nchw=True, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.residual1(x, self.attn(self.norm1(x)))
@@ -156,7 +156,7 @@ class VAN(Pyramid):
             elif isinstance(module, nn.Linear):
                 trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-            elif isinstance(module, (nn.BatchNorm2d, nn.LayerNorm, ScaledResidual2d)):
+            elif isinstance(module, (nn.BatchNorm2d, nn.LayerNorm, ScaledResidual)):
                 module.reset_parameters()
 
 

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from visionattn import blocks
-from visionattn.blocks import Linear, ScaledResidual, ScaledResidual2d, in_slices
+from visionattn.blocks import Linear, ScaledResidual, in_slices
 
 
 class Recorder(nn.Module):
@@ -55,7 +55,7 @@ def test_sliced_inference_of_a_network_equals_the_whole(monkeypatch):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_residual_drops_whole_samples_only_in_training(training):
-    layer = ScaledResidual2d(4, init_value=0.5, drop_path=0.5).train(training)
+    layer = ScaledResidual(4, init_value=0.5, drop_path=0.5, nchw=True).train(training)
     x, branch = torch.zeros(64, 4, 2, 2), torch.ones(64, 4, 2, 2)
     kinds = {tuple(sample.unique().tolist()) for sample in layer(x, branch)}
     assert kinds == ({(0.0,), (1.0,)} if training else {(0.5,)})
