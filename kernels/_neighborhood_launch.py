@@ -1,7 +1,7 @@
 """Tile sizes of the neighborhood attention kernels. Letters: n ranks of one residue of an axis, K window side, T tile.
 
-A program works on a tile of 8 x 8 ranks, or on a run of ranks of a 1-D map, and walks over the halo: everything that
-its tile sees, or for the gradients of keys and values everything that sees its tile.
+A program works on a tile of up to 8 x 8 ranks, or on a run of ranks of a 1-D map, and walks over the halo: everything
+that its tile sees, or for the gradients of keys and values everything that sees its tile.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def launch_config(
 
 
 def _sizes(kernel: str, head_dim: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
-    """Rows of a tile, positions of the halo per step, warps and stages: the largest that compile without spills."""
+    """Rows of a tile, positions of the halo per step, warps and stages: the largest that compile without spills, see the tests."""
     if dtype.itemsize == 2:
         return 8, 16 if kernel == GRAD_KEY and head_dim > 32 else 32, 4 if head_dim <= 64 else 8, 2
     # Full-width products run on the ordinary units, which hold their operands in registers.
