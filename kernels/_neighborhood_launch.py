@@ -108,7 +108,7 @@ def launch_config(
 
 
 def _sizes(kernel: str, head_dim: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
-    """Rows of a tile, positions of the halo per step, warps and stages: the largest that compile without spills, see the tests."""
+    """Rows of a tile, positions of the halo per step, warps and stages: the largest that compile without spills."""
     if dtype.itemsize == 2:
         return 8, 16 if kernel == GRAD_KEY and head_dim > 32 else 32, 4 if head_dim <= 64 else 8, 2
     # Full-width products run on the ordinary units, which hold their operands in registers.
