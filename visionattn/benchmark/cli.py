@@ -212,12 +212,14 @@ def _check(report: Report) -> int:
 GPU_SET = (
     "ops lka --device cuda --seconds 1 --repeats 50 --candidates "
     "reference,reference+channels_last,torch+channels_last,triton+channels_last,reference+channels_last+compile",
+    "ops neighborhood7 neighborhood7_plain --device cuda --seconds 1 --repeats 50",
     "models van_b0 --device cuda --seconds 3 --candidates "
     "plain,plain+channels_last,ours,ours+compile,resnet50+channels_last,convnext_tiny+channels_last,"
     "swin_tiny_patch4_window7_224,deit_small_patch16_224",
     "models van_b2 --device cuda --seconds 3 --candidates plain,plain+channels_last,ours",
+    "models nat_tiny --device cuda --seconds 3 --candidates swin_tiny_patch4_window7_224,ours",
     "models van_b0 van_b2 --device cuda --mode infer --batch 1 --seconds 1 --candidates plain,ours",
-    "ops --device cuda --seconds 1 --repeats 50 --candidates "
+    "ops depthwise5 depthwise7d3 gated_pointwise --device cuda --seconds 1 --repeats 50 --candidates "
     "reference,reference+channels_last,torch+channels_last,triton+channels_last",
     "ops lka --device cuda --seconds 1 --repeats 50 --sizes large --batch 32 --candidates "
     "reference,reference+channels_last,torch+channels_last,triton+channels_last",
