@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 import torch
 from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from visionattn.attention import LargeKernelAttention
-from visionattn.backbone import Pyramid, Stage
+from visionattn.backbone import Pyramid, Stage, build_backbone
 from visionattn.blocks import ScaledResidual, in_slices, to_channels_last
 from visionattn.checkpoints import rename_checkpoint
 from visionattn.weights import pretrained_cfgs
@@ -178,14 +178,7 @@ default_cfgs = generate_default_cfgs(pretrained_cfgs("van", first_conv="stem.pro
 
 
 def _create_van(variant: str, pretrained: bool = False, **kwargs) -> VAN:
-    return build_model_with_cfg(
-        VAN,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
-        **kwargs,
-    )
+    return build_backbone(VAN, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
 @register_model

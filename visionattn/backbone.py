@@ -1,14 +1,14 @@
 """The timm contract, written once: every backbone is a chain ``stem -> stages -> norm -> head``."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from timm.layers import get_device_dtype
-from timm.models import checkpoint_seq
+from timm.models import build_model_with_cfg, checkpoint_seq
 from timm.models._features import feature_take_indices  # the one private timm import of the project
 from torch import Tensor, nn
 
-__all__ = ["Backbone", "Pyramid", "Stage"]
+__all__ = ["Backbone", "Pyramid", "Stage", "build_backbone"]
 
 
 class Stage(nn.Module):
@@ -238,3 +238,25 @@ class Pyramid(Backbone):
             for i, (width, stride) in enumerate(zip(widths, strides, strict=True))
         ]
         super().__init__(stem, stages, head, info, norm=norm, num_classes=num_classes, in_chans=in_chans)
+
+
+def build_backbone(
+    cls: type[Backbone], variant: str, pretrained: bool, checkpoint_filter_fn: Callable[..., dict], **kwargs
+) -> Backbone:
+    """Build a registered model as timm does, with ``features_only`` giving the maps of its four stages.
+
+    Args:
+        cls: The model's class.
+        variant: Its registered name, which finds its cfg.
+        pretrained: Whether to load the published weights.
+        checkpoint_filter_fn: From the release's parameter names to ours.
+        kwargs: Arguments of ``cls`` and of ``timm.models.build_model_with_cfg``.
+    """
+    return build_model_with_cfg(
+        cls,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
+        **kwargs,
+    )
