@@ -91,12 +91,16 @@ def _cuts(length: int, window: int, causal: bool) -> list[tuple[tuple[Run, ...],
     return best
 
 
-@torch.compiler.assume_constant_result  # a compiler takes the plan as it is and does not trace the search for it
 def plan(
     spatial: tuple[int, ...], window: tuple[int, ...], dilation: tuple[int, ...], causal: tuple[bool, ...], heads: int
 ) -> tuple[Group, ...]:
     """Cut a map into groups of tiles so that attention costs least."""
     return _plan(spatial, window, dilation, causal, heads)
+
+
+# A compiler takes the plan as it is and does not trace the search for it. torch.compiler.assume_constant_result sets
+# the same mark, but imports Dynamo for it, and Triton with that.
+plan._dynamo_marked_constant = True
 
 
 @lru_cache(maxsize=256)
