@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from visionattn.train.cli import main, run
+from visionattn.train.cli import main, python, run
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted(
@@ -116,3 +116,11 @@ def test_help_lists_the_four_subcommands(capsys):
         run(["--help"])
     shown = capsys.readouterr().out
     assert all(name in shown for name in ("fit", "validate", "test", "predict"))
+
+
+def test_next_commands_name_the_interpreter_that_runs(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv" / "bin" / "python"))
+    assert python() == ".venv/bin/python"
+    monkeypatch.setattr(sys, "executable", "/usr/bin/python3")
+    assert python() == "python"

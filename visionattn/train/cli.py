@@ -182,7 +182,7 @@ class CLI(LightningCLI):
 
     def after_fit(self) -> None:
         if self.trainer.is_global_zero and (best := best_checkpoint(self.trainer)):
-            print(f"best checkpoint: {best}\nnext: python train.py predict --ckpt {best} IMAGE_OR_FOLDER")
+            print(f"best checkpoint: {best}\nnext: {python()} train.py predict --ckpt {best} IMAGE_OR_FOLDER")
 
     def _check(self, splits: list[str]) -> None:
         if self.model.mixup is not None and "train" in splits and self.datamodule.batch_size % 2:
@@ -195,6 +195,12 @@ class CLI(LightningCLI):
             )
         if rank_zero_only.rank == 0:
             self.datamodule.check(splits)
+
+
+def python() -> str:
+    """The running interpreter as the user would type it here, such as ``.venv/bin/python``."""
+    path = Path(sys.executable)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else "python"
 
 
 def shortened(message: str) -> str:

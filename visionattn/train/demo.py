@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from visionattn.train.callbacks import best_checkpoint
-from visionattn.train.cli import run
+from visionattn.train.cli import python, run
 from visionattn.train.errors import UserError
 from visionattn.train.figures import draw_confusion, draw_curves, draw_predictions
 from visionattn.train.predict import load
@@ -63,9 +63,9 @@ def demo(out: str = "runs/demo", max_epochs: int | None = None) -> float:
     }.items():
         print(f"  {text:<18} {path}")
     print("\nNext, classify an image file:")
-    print(f"  python train.py predict --ckpt {checkpoint} {sample}")
+    print(f"  {python()} train.py predict --ckpt {checkpoint} {sample}")
     print("and train on your own folder, FOLDER/train/CLASS/*.jpg and FOLDER/val/CLASS/*.jpg:")
-    print("  python train.py fit -c configs/classify/finetune.yaml --data.root FOLDER")
+    print(f"  {python()} train.py fit -c configs/classify/finetune.yaml --data.root FOLDER")
     return accuracy
 
 
