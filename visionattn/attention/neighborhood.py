@@ -179,8 +179,9 @@ class NeighborhoodAttention(nn.Module):
                 missing = max(needed - L, 0)
                 short = short or missing > 0
             else:
-                missing = torch.sym_max(needed - L, 0)
-                short = short or _dispatch.exporting() or missing > 0  # a comparison would fix the exported size
+                exporting = _dispatch.exporting()  # where a comparison would fix the size
+                missing = torch.sym_max(needed - L, 0) if exporting else max(needed - L, 0)
+                short = short or exporting or missing > 0
             pads += [0, missing]
         return F.pad(x, pads) if short else x
 
