@@ -21,6 +21,7 @@ def test_kernels_in_the_interpreter(run_python):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 def test_kernels_on_the_gpu(run_python):
     pytest.importorskip("triton")
     command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu or not gpu", CASES)
