@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 __all__ = ["Linear", "ScaledResidual", "in_slices", "to_channels_last"]
 
-# Twice a core's second-level cache or a share of the third. Measured on VAN at 224 px, batch 8, two threads: 1.8 times
-# (B0) and 1.4 times (B2) the speed of whole batches, whose maps above 32 MiB the allocator returns to the system
-# after every operator and gets back page by page. 4 MiB is as good, 16 a little worse.
+# A share of the third-level cache. Measured on VAN at 224 px, batch 8, two threads: 1.8 times (B0) and 1.4 times (B2)
+# the speed of whole batches, whose maps above 32 MiB the allocator returns to the system after every operator and gets
+# back page by page. 4 MiB is as good, 16 a little worse.
 SLICE_BYTES = 8 * 2**20
 
 

@@ -83,7 +83,7 @@ def test_frozen_inputs_and_no_bias(frozen):
             torch.autograd.grad(depthwise_conv2d(x, weight, given, 3, backend=backend).sum(), wanted)
             for backend in ("torch", "reference")
         ]
-        torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-3)  # weight gradients add up 392 terms
 
 
 def test_strided_views_of_any_kind():
@@ -125,6 +125,7 @@ def test_bfloat16_is_as_close_to_float64_as_the_reference(dilation):
 def test_large_values_stay_finite():
     x, weight, bias = tensors(1, 32, 23, 25, 7, scale=1e15)
     out = depthwise_conv2d(x, weight, bias, 3)
+    # Values near 1e30; where terms cancel, what is left is the rounding of those.
     torch.testing.assert_close(out, depthwise_conv2d(x, weight, bias, 3, backend="reference"), rtol=1e-3, atol=1e27)
 
 
@@ -142,6 +143,7 @@ def test_per_sample_gradients_by_vmap():
     x, weight = torch.randn(3, 32, 23, 24), torch.randn(32, 1, 5, 5)
     loss = lambda w, x: depthwise_conv2d(x[None], w, None, 3).square().sum()  # noqa: E731
     grads = torch.func.vmap(torch.func.grad(loss), (None, 0))(weight, x)
+    # Sums of 552 products of numbers of some ten, in another order.
     torch.testing.assert_close(grads[1], torch.func.grad(loss)(weight, x[1]), rtol=1e-4, atol=1e-2)
 
 

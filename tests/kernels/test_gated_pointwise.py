@@ -30,6 +30,7 @@ def test_torch_equals_reference_forward_and_gradients(shape, memory_format):
         for backend in ("torch", "reference"):
             out = gated_pointwise(x, weight, given, gate, backend=backend)
             results.append((out, *torch.autograd.grad(out.square().sum(), (x, weight, gate))))
+        # The same sums in another order; weight gradients add up over all positions.
         torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-3)
         assert results[0][0].stride() == results[1][0].stride()
     if x.numel() > 0 and shape[2] > 1:

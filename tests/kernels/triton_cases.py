@@ -186,6 +186,7 @@ def test_compiles_as_one_graph(dynamic):
         out, expected = compiled(*tensors), layer(*tensors, backend="reference")
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
         grads = [torch.autograd.grad(o.square().sum(), tensors) for o in (out, expected)]
+        # Two operators in a row: the squared loss carries the rounding of both outputs into every gradient.
         torch.testing.assert_close(grads[0], grads[1], rtol=1e-3, atol=1e-3)
 
 
@@ -197,7 +198,7 @@ def test_autocast_returns_what_the_reference_returns():
         for function, tensors in ((depthwise_conv2d, (x, weight, bias)), (gated_pointwise, (x, matrix, bias, x))):
             out, expected = (function(*tensors, backend=backend) for backend in ("triton", "reference"))
             assert out.dtype == expected.dtype
-            torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-2)
+            torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-2)  # float16 rounds to 1e-3, and twice
     grads = torch.autograd.grad(out.sum(), (x, matrix, bias))
     assert [g.dtype for g in grads] == [torch.float32] * 3
 
