@@ -14,38 +14,13 @@ from torch import Tensor, nn
 
 from visionattn.attention import NeighborhoodAttention
 from visionattn.backbone import Pyramid, Stage, build_backbone
-from visionattn.blocks import Linear, ScaledResidual, in_slices, to_channels_last
+from visionattn.blocks import Mlp, ScaledResidual, to_channels_last
 from visionattn.checkpoints import rename_checkpoint
 from visionattn.weights import pretrained_cfgs
 
 __all__ = ["NAT"]
 
 EPS = 1e-5  # of every norm
-
-
-class Mlp(nn.Module):
-    """``fc2(gelu(fc1(x)))`` on [..., dim]."""
-
-    def __init__(self, dim: int, hidden: int, drop: float = 0.0, device=None, dtype=None) -> None:
-        dd = {"device": device, "dtype": dtype}
-        super().__init__()
-        self.fc1 = Linear(dim, hidden, **dd)
-        self.act = nn.GELU()
-        self.fc2 = Linear(hidden, dim, **dd)
-        self.drop = nn.Dropout(drop)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
-            return self._mlp(x)
-        else:
-            return self._sliced(x)
-
-    def _mlp(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
-
-    @torch.jit.unused
-    def _sliced(self, x: Tensor) -> Tensor:
-        return in_slices(self._mlp, x, self.fc1.out_features, self.fc1.in_features)
 
 
 class Block(nn.Module):
