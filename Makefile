@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test slow check format gpu bench clean
@@ -22,15 +23,15 @@ demo: install  ## Train a small VAN on handwritten digits, draw what it learned
 	$(BIN)/python -m visionattn.train.demo
 
 test: install  ## Run the default test suite
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 slow: install  ## Run the tests that take minutes
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 check: install  ## Lint, check the formatting, run the default tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 format: install  ## Format the code and fix what ruff can fix
 	$(BIN)/ruff check --fix .

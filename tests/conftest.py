@@ -7,8 +7,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Small shapes gain nothing from many threads, and a fixed number keeps sums in one order.
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+# Small shapes gain nothing from many threads, and workers side by side would fight for the cores.
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+torch.set_num_threads(max(1, min(2, os.cpu_count() or 1) // WORKERS))
 
 
 @pytest.fixture(autouse=True)
