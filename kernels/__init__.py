@@ -1,16 +1,21 @@
 """Operators of the backbones: a plain reference, a fast PyTorch form and Triton kernels behind one function each."""
 
 from visionattn.kernels._dispatch import BackendError, get_backend, set_backend, use_backend
+from visionattn.kernels._linear_forms import focused, rotary_tables
 from visionattn.kernels.depthwise import depthwise_conv2d
 from visionattn.kernels.gated_pointwise import gated_pointwise
+from visionattn.kernels.linear_attention import linear_attention
 from visionattn.kernels.neighborhood import neighborhood_attention
 
 __all__ = [
     "BackendError",
     "depthwise_conv2d",
+    "focused",
     "gated_pointwise",
     "get_backend",
+    "linear_attention",
     "neighborhood_attention",
+    "rotary_tables",
     "set_backend",
     "use_backend",
 ]

@@ -1,0 +1,149 @@
+"""What every path of linear attention shares, in operators that TorchScript and every exporter know.
+
+Shapes: B batch, N queries, M keys, h heads, D head dim, F features, V width of a value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FEATURE_MAPS = ("identity", "relu", "relu2", "elu+1", "exp", "softmax", "focused")
+NORMALIZERS = ("sum", "mean", "none", "inline", "magnitude")
+
+FeatureMap = str | Callable[[Tensor], Tensor]
+
+
+class Form(NamedTuple):
+    """What linear attention computes, apart from tensors. See ``linear_attention`` for the meaning of each."""
+
+    query_map: FeatureMap
+    key_map: FeatureMap
+    normalizer: str
+    scale: float
+    eps: float
+    rank_augmented: bool
+    causal: bool
+
+
+def features(x: Tensor, name: str) -> Tensor:
+    """The feature map ``name``, one of ``FEATURE_MAPS``. [B, N, h, D] in and out"""
+    if name == "relu":
+        return F.relu(x)
+    if name == "relu2":
+        return F.relu(x).square()
+    if name == "elu+1":
+        return F.elu(x) + 1
+    if name == "exp":
+        return x.clamp(max=30.0).exp()  # squared and added up over millions of tokens it is within float32
+    if name == "softmax":
+        return x.softmax(-1)
+    if name == "focused":
+        return focused(x)
+    return x
+
+
+def focused(x: Tensor, power: float = 3.0, scale: Tensor | None = None) -> Tensor:
+    """Sharpen ``y = (relu(x) + 1e-6) / softplus(scale)`` to ``y ** power`` and give it back the norm of ``y``.
+
+    The norms are those of whole tokens, all heads together (FLatten, arXiv 2308.00442).
+
+    Args:
+        x: Queries or keys; the result is at least in float32. [B, N, h, D]
+        power: The focusing factor.
+        scale: Learned, one of each channel; None for no division. Any shape of h * D elements.
+    """
+    y = F.relu(x.to(torch.promote_types(x.dtype, torch.float32))) + 1e-6
+    if scale is not None:
+        y = y / F.softplus(scale).reshape(x.shape[-2], x.shape[-1]).to(y.dtype)
+    # Divided by its largest element, a power neither overflows nor vanishes; the norm below takes the factor out.
+    sharp = (y / y.amax((-2, -1), keepdim=True)) ** power
+    norm = torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True)
+    return sharp * (norm / torch.linalg.vector_norm(sharp, dim=(-2, -1), keepdim=True))
+
+
+def map_features(x: Tensor, feature_map: FeatureMap) -> Tensor:
+    """A named or given feature map, at least in float32; a given function sees ``x`` in its own dtype."""
+    precise = torch.promote_types(x.dtype, torch.float32)
+    if isinstance(feature_map, str):
+        return features(x.to(precise), feature_map)
+    return feature_map(x).to(precise)
+
+
+def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the adjacent pairs (2i, 2i + 1) of the last axis.
+
+    Args:
+        x: Features. [B, N, h, D]
+        cos: Cosines of the angles of every position. [N, D / 2]
+        sin: Sines. [N, D / 2]
+    """
+    pairs = x.unflatten(-1, [cos.shape[-1], 2])
+    a, b = pairs[..., 0], pairs[..., 1]
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
+
+
+def rotary_tables(
+    height: int, width: int, dim: int, device: torch.device | None = None, base: float = 10000.0
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the angles of every position of a map, row-major, in float32. Twice [height * width, dim / 2]
+
+    The first half of the pairs turns with the row, the second with the column, at speeds from 1 to ``1 / base``, both
+    ends included: ``base ** -(i / (n - 1))`` for ``n = dim / 4`` (RMT, arXiv 2309.11523; RAVLT; MAViT).
+
+    Args:
+        height: Rows of the map.
+        width: Columns of the map.
+        dim: Head dim, a multiple of 4.
+        device: Where the tables are made.
+        base: Slowest over fastest turn.
+    """
+    count = dim // 4
+    exponent = torch.arange(count, device=device, dtype=torch.float32) / max(count - 1, 1)
+    speed = base**-exponent
+    rows = torch.arange(height, device=device, dtype=torch.float32)[:, None] * speed  # height n
+    columns = torch.arange(width, device=device, dtype=torch.float32)[:, None] * speed
+    shape = [height, width, count]
+
+    def whole(y: Tensor, x: Tensor) -> Tensor:
+        return torch.cat([y[:, None].expand(shape), x[None].expand(shape)], -1).flatten(0, 1)
+
+    return whole(rows.cos(), columns.cos()), whole(rows.sin(), columns.sin())
+
+
+def away_from_zero(x: Tensor, eps: float) -> Tensor:
+    """``x`` with a magnitude of at least ``eps``: what a feature map with negative values may need as a divisor."""
+    return torch.where(x.abs() < eps, torch.where(x < 0, -eps, eps), x)
+
+
+def coefficients(total: Tensor, count: int, normalizer: str, scale: float, eps: float) -> tuple[Tensor, Tensor | None]:
+    """What the products with the state and the mean value are multiplied by, the latter None if it is not added.
+
+    Args:
+        total: Every query's similarity to all keys together, ``phi(q) . sum_j w_j phi(k_j)``.
+        count: Number of keys.
+        normalizer: One of ``NORMALIZERS``.
+        scale: Factor of similarities.
+        eps: Added to the divisor.
+    """
+    if normalizer == "sum":
+        return 1 / away_from_zero(total + eps, eps), None
+    if normalizer == "mean":
+        return (1 / count) / away_from_zero(total / count + eps, eps), None
+    if normalizer == "none":
+        return torch.full_like(total, scale), None
+    mean = total * (scale / count)
+    factor = torch.full_like(total, scale / count)
+    if normalizer == "inline":
+        return factor, 1 - mean
+    return factor * (1 + 1 / away_from_zero(mean + eps, eps)), -mean
+
+
+def global_weights(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """RALA's weights of keys, ``softmax_j(scale * mean_i(query_i) . key_j)``. [B, N, h, F] twice to [B, M, h]"""
+    return ((key * query.mean(1, keepdim=True)).sum(-1) * scale).softmax(1)
