@@ -2,11 +2,11 @@
 
 import timm
 
-from visionattn.backbones import dinat, nat, van
+from visionattn.backbones import anyvit, dinat, nat, van
 
-__all__ = ["dinat", "list_models", "nat", "van"]
+__all__ = ["anyvit", "dinat", "list_models", "nat", "van"]
 
-_MODULES = (dinat, nat, van)
+_MODULES = (anyvit, dinat, nat, van)
 
 
 def list_models(filter: str = "", pretrained: bool = False) -> list[str]:

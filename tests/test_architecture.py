@@ -17,7 +17,7 @@ TOP = {"backbones", "kernels", "configs", "weights"}  # folders of the checkout 
 LAYERS = (
     {"kernels", "weights", "configs"},
     {"blocks", "attention", "checkpoints"},
-    {"backbone", "natten"},
+    {"backbone", "isotropic", "natten"},
     {"backbones"},
     {"train", "benchmark"},
 )

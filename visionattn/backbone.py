@@ -5,10 +5,11 @@ from collections.abc import Callable, Sequence
 import torch
 from timm.layers import get_device_dtype
 from timm.models import build_model_with_cfg, checkpoint_seq
-from timm.models._features import feature_take_indices  # the one private timm import of the project
+from timm.models._features import feature_take_indices  # private names of timm are imported in this file only
+from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
-__all__ = ["Backbone", "Pyramid", "Stage", "build_backbone"]
+__all__ = ["Backbone", "Pyramid", "Stage", "build_backbone", "feature_take_indices", "update_model_input_size"]
 
 
 class Stage(nn.Module):
@@ -60,6 +61,8 @@ class Backbone(nn.Module):
         num_classes: Number of classes the head was built for; 0 for none.
         in_chans: Input channels the stem was built for.
     """
+
+    norm_fits_every_stage = False
 
     def __init__(
         self,
@@ -180,7 +183,7 @@ class Backbone(nn.Module):
 
         Args:
             indices: Stages to keep, as in ``forward_intermediates``.
-            prune_norm: Remove the final norm too. It goes in any case when stages are cut, since it fits the last one.
+            prune_norm: Remove the final norm too. One that fits the last stage alone goes whenever stages are cut.
             prune_head: Remove pooling and classifier too. They go in any case when stages are cut.
 
         Returns:
@@ -189,7 +192,7 @@ class Backbone(nn.Module):
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         cut = max_index < len(self.stages) - 1
         self.stages = self.stages[: max_index + 1]
-        if prune_norm or cut:
+        if prune_norm or (cut and not self.norm_fits_every_stage):
             self.norm = nn.Identity()
         if cut:
             self.num_features = self.feature_info[max_index]["num_chs"]
@@ -243,7 +246,11 @@ class Pyramid(Backbone):
 def build_backbone(
     cls: type[Backbone], variant: str, pretrained: bool, checkpoint_filter_fn: Callable[..., dict], **kwargs
 ) -> Backbone:
-    """Build a registered model as timm does, with ``features_only`` giving the maps of its four stages.
+    """Build a registered model as timm does.
+
+    With ``features_only`` a pyramid gives the maps of its four stages. A network of one resolution gives those of its
+    last four blocks if ``out_indices`` names no others, through timm's wrapper that calls ``forward_intermediates``:
+    its blocks pass no maps [B, C, H, W] on.
 
     Args:
         cls: The model's class.
@@ -252,11 +259,13 @@ def build_backbone(
         checkpoint_filter_fn: From the release's parameter names to ours.
         kwargs: Arguments of ``cls`` and of ``timm.models.build_model_with_cfg``.
     """
+    pyramid = issubclass(cls, Pyramid)
+    features = dict(out_indices=(0, 1, 2, 3)) if pyramid else dict(out_indices=4, feature_cls="getter")
     return build_model_with_cfg(
         cls,
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
+        feature_cfg=dict(features, flatten_sequential=True),
         **kwargs,
     )

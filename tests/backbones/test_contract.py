@@ -16,9 +16,11 @@ from timm.models import group_parameters, save_for_hf
 from timm.optim import create_optimizer_v2
 
 import visionattn
+from visionattn.isotropic import Isotropic
 
 # One registered name of each family, with arguments that make it small without changing its kind.
 SMALL = {
+    "anyvit_tiny_patch16": dict(img_size=64, embed_dim=8, depth=4, num_heads=2, mlp_ratio=2, drop_path_rate=0.1),
     "dinat_small": dict(embed_dim=8, depths=(2, 2, 2, 1), num_heads=(1, 2, 2, 2), kernel_size=3, drop_path_rate=0.1),
     "nat_small": dict(embed_dim=8, depths=(1, 1, 2, 1), num_heads=(1, 2, 2, 2), kernel_size=3, drop_path_rate=0.1),
     "van_b0": dict(embed_dims=(8, 12, 16, 20), depths=(1, 1, 2, 1), mlp_ratios=(2, 2, 2, 2), drop_path_rate=0.1),
@@ -34,6 +36,18 @@ def small(name: str, **kwargs):
 
 def images(*size: int, batch: int = 2, chans: int = 3) -> torch.Tensor:
     return torch.randn(batch, chans, *(size or (SIZE, SIZE)))
+
+
+def nchw(model, features: torch.Tensor) -> torch.Tensor:
+    """Unpooled features as the map [B, C, H, W], from the layout that the model declares."""
+    return features.permute(0, 3, 1, 2) if getattr(model, "output_fmt", "NCHW") == "NHWC" else features
+
+
+def reductions(model) -> list[int]:
+    """Strides of all feature maps; pyramids have four, 4 to 32, a network of one resolution the same for each block."""
+    strides = [info["reduction"] for info in model.feature_info]
+    assert strides == [4, 8, 16, 32] or len(set(strides)) == 1
+    return strides
 
 
 every_model = pytest.mark.parametrize("name", visionattn.list_models())
@@ -72,7 +86,7 @@ def test_cfg_describes_the_model(name):
     assert cfg["first_conv"] + ".weight" in state and cfg["classifier"] + ".weight" in state
     assert state[cfg["classifier"] + ".weight"].shape[0] == cfg["num_classes"] == model.num_classes
     assert cfg["license"] and cfg["paper_ids"] and cfg["origin_url"]
-    features = model.forward_features(torch.empty(1, *cfg["input_size"], device="meta"))
+    features = nchw(model, model.forward_features(torch.empty(1, *cfg["input_size"], device="meta")))
     assert features.shape[1] == model.num_features and features.shape[2:] == cfg["pool_size"]
 
 
@@ -87,8 +101,8 @@ def test_feature_info_names_real_modules(name):
     model = timm.create_model(name, device="meta")
     for info in model.feature_info:
         assert model.get_submodule(info["module"]) is not None
-    reductions = [info["reduction"] for info in model.feature_info]
-    assert reductions == sorted(reductions)
+    strides = reductions(model)
+    assert strides == sorted(strides)
 
 
 @every_model
@@ -100,7 +114,9 @@ def test_depth_groups_and_decay_exemptions_match_parameters(name):
     assert groups[model.pretrained_cfg["classifier"] + ".weight"] == max(groups.values())
     assert len(set(groups.values())) > len(model.feature_info)
     coarse = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
-    assert 1 < len(set(coarse.values())) < len(set(groups.values()))
+    # A network of one resolution has nothing coarser than its blocks.
+    finest = len(set(groups.values())) + isinstance(model, Isotropic)
+    assert 1 < len(set(coarse.values())) < finest
     assert model.no_weight_decay() <= dict(model.named_parameters()).keys()
 
 
@@ -112,7 +128,8 @@ def test_forward_is_head_of_features(name):
     model = small(name).eval()
     x = images()
     features = model.forward_features(x)
-    assert features.shape == (2, model.num_features, SIZE // 32, SIZE // 32)
+    side = SIZE // reductions(model)[-1]
+    assert nchw(model, features).shape == (2, model.num_features, side, side)
     torch.testing.assert_close(model(x), model.forward_head(features))
     assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)
 
@@ -167,7 +184,8 @@ def test_without_classifier(name):
     assert model.num_classes == 0
     assert model(images()).shape == (2, model.head_hidden_size)
     unpooled = small(name, num_classes=0, global_pool="").eval()
-    assert unpooled(images()).shape == (2, model.num_features, SIZE // 32, SIZE // 32)
+    side = SIZE // reductions(model)[-1]
+    assert nchw(unpooled, unpooled(images())).shape == (2, model.num_features, side, side)
 
 
 @each_family
@@ -197,8 +215,10 @@ def test_features_only(name, cls):
     x = images(70, 96)
     maps = net(x)
     maps = list(maps.values()) if isinstance(maps, dict) else maps
+    if cls != "getter":  # which asks for maps [B, C, H, W], whatever the model's own layout
+        maps = [nchw(model, y) for y in maps]
     assert net.feature_info.channels() == [y.shape[1] for y in maps]
-    assert net.feature_info.reduction() == [4, 8, 16, 32]
+    assert net.feature_info.reduction() == reductions(model)
     for y, expected in zip(maps, model.forward_intermediates(x, intermediates_only=True), strict=True):
         torch.testing.assert_close(y, expected)
 
@@ -207,14 +227,16 @@ def test_features_only(name, cls):
 def test_features_only_picks_its_indices(name):
     net = small(name, features_only=True, out_indices=(1, -1)).eval()
     assert [y.shape[1] for y in net(images())] == net.feature_info.channels()
-    assert net.feature_info.reduction() == [8, 32]
-    assert small(name, features_only=True, out_indices=2)(images())[0].shape[2] == SIZE // 16
+    strides = reductions(small(name))
+    assert net.feature_info.reduction() == [strides[1], strides[-1]]
+    third = small(name, features_only=True, out_indices=2 if strides == [4, 8, 16, 32] else (2,))
+    assert [y.shape[2] for y in third(images())] == [SIZE // strides[2]]
 
 
 @each_family
 def test_features_only_trains_with_gradient_checkpointing(name):
     net = small(name, features_only=True, drop_path_rate=0.0)
-    net.set_grad_checkpointing()
+    getattr(net, "model", net).set_grad_checkpointing()  # timm's getter, unlike its list, does not pass it on
     sum(y.sum() for y in net(images())).backward()
     assert all(p.grad is not None for p in net.parameters())
 
@@ -230,11 +252,15 @@ def test_intermediates(name):
     for actual, expected in zip([*last_two, *chosen], [maps[2], maps[3], maps[0], maps[2]], strict=True):
         torch.testing.assert_close(actual, expected)
     normed = model.forward_intermediates(x, indices=1, norm=True, intermediates_only=True)
-    torch.testing.assert_close(normed[0], final)
+    torch.testing.assert_close(normed[0], nchw(model, final))
     nhwc = model.forward_intermediates(x, output_fmt="NHWC", intermediates_only=True)
     torch.testing.assert_close(nhwc[1], maps[1].permute(0, 2, 3, 1))
-    with pytest.raises(ValueError, match="NLC.*NCHW"):
-        model.forward_intermediates(x, output_fmt="NLC")
+    if isinstance(model, Isotropic):
+        nlc = model.forward_intermediates(x, output_fmt="NLC", intermediates_only=True)
+        torch.testing.assert_close(nlc[1], maps[1].flatten(2).transpose(1, 2))
+    for unknown in ("NCL", "nchw") if isinstance(model, Isotropic) else ("NLC", "nchw"):
+        with pytest.raises(ValueError, match=f"{unknown}.*NCHW"):
+            model.forward_intermediates(x, output_fmt=unknown)
 
 
 @each_family
@@ -246,7 +272,7 @@ def test_pruned_network_keeps_its_maps_and_has_nothing_unused(name, index):
     pruned = copy.deepcopy(model)
     assert pruned.prune_intermediate_layers([index]) == [index]
     torch.testing.assert_close(pruned.forward_intermediates(x, indices=[index], intermediates_only=True)[0], expected)
-    assert pruned(x).shape[1] == pruned.num_features == model.feature_info[index]["num_chs"]
+    assert nchw(pruned, pruned(x)).shape[1] == pruned.num_features == model.feature_info[index]["num_chs"]
     pruned.train()(x).sum().backward()
     assert all(p.grad is not None for p in pruned.parameters())
 

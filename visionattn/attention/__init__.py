@@ -3,5 +3,12 @@
 from visionattn.attention.lka import LargeKernelAttention
 from visionattn.attention.local import CircularWindowAttention, HaloAttention
 from visionattn.attention.neighborhood import NeighborhoodAttention
+from visionattn.attention.softmax import SoftmaxAttention
 
-__all__ = ["CircularWindowAttention", "HaloAttention", "LargeKernelAttention", "NeighborhoodAttention"]
+__all__ = [
+    "CircularWindowAttention",
+    "HaloAttention",
+    "LargeKernelAttention",
+    "NeighborhoodAttention",
+    "SoftmaxAttention",
+]
