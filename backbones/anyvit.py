@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from visionattn.backbone import build_backbone
 from visionattn.blocks import PreNormBlock
-from visionattn.isotropic import Isotropic, PatchEmbed, resize_position_embedding
+from visionattn.isotropic import Isotropic
+from visionattn.patch_embed import PatchEmbed, resize_position_embedding
 from visionattn.weights import pretrained_cfgs
 
 __all__ = ["AnyViT"]
@@ -119,7 +120,7 @@ class AnyViT(Isotropic):
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Resample the position embedding where the checkpoint is of another image size."""
-    return resize_position_embedding(state_dict, model)
+    return resize_position_embedding(state_dict, model.stem)
 
 
 default_cfgs = generate_default_cfgs(pretrained_cfgs("anyvit", first_conv="stem.proj", classifier="head.fc"))

@@ -10,14 +10,8 @@ from timm.models import group_parameters
 from torch import nn
 
 import visionattn  # noqa: F401
-from visionattn.isotropic import (
-    PatchEmbed,
-    PrefixIsotropic,
-    PrefixPatchEmbed,
-    TokenHead,
-    position_embedding,
-    resize_position_embedding,
-)
+from visionattn.isotropic import PrefixIsotropic, TokenHead
+from visionattn.patch_embed import PatchEmbed, PrefixPatchEmbed, position_embedding, resize_position_embedding
 
 
 class Block(nn.Module):
@@ -178,8 +172,8 @@ def test_checkpoint_of_another_image_size_loads():
     small = timm.create_model("anyvit_tiny_patch16", img_size=64, embed_dim=8, depth=1, num_heads=1)
     large = timm.create_model("anyvit_tiny_patch16", img_size=96, embed_dim=8, depth=1, num_heads=1)
     state = small.state_dict()
-    assert resize_position_embedding(state, small) is state
-    large.load_state_dict(resize_position_embedding(state, large))
+    assert resize_position_embedding(state, small.stem) is state
+    large.load_state_dict(resize_position_embedding(state, large.stem))
     x = torch.randn(1, 3, 96, 96)
     torch.testing.assert_close(large.eval()(x), small.eval()(x))
 
