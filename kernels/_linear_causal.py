@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from visionattn.kernels._linear_forms import coefficients, rotate_pairs
+
 CHUNK = 64
 
 
@@ -29,15 +31,21 @@ def causal_sums(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return (inside + query @ before).transpose(2, 3).flatten(1, 2)[:, :N]
 
 
-def causal_numerators(query: Tensor, key: Tensor, value: Tensor, plain_query: Tensor, plain_key: Tensor):
-    """The weighted sums of values up to every position, and what normalises them. [B, N, h, V] and [B, N, h, 1]
-
-    Args:
-        query: Rotated features of the queries. [B, N, h, F]
-        key: Rotated and weighted features of the keys. [B, N, h, F]
-        value: [B, N, h, V]
-        plain_query: ``query`` before the rotation.
-        plain_key: ``key`` before the rotation.
-    """
-    total = (plain_query * plain_key.cumsum(1)).sum(-1, keepdim=True)
-    return causal_sums(query, key, value), total
+def mix_causal(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    normalizer: str,
+    scale: float,
+    eps: float,
+    rotary: tuple[Tensor, Tensor] | None,
+    key_weights: Tensor | None,
+) -> Tensor:
+    """Causal linear attention of features; arguments as in ``mix``, with the normalizers "sum" and "none"."""
+    if key_weights is not None:
+        key = key * key_weights[..., None]
+    total = (query * key.cumsum(1)).sum(-1, keepdim=True)
+    if rotary is not None:
+        query, key = rotate_pairs(query, *rotary), rotate_pairs(key, *rotary)
+    factor, _ = coefficients(total, value.shape[1], normalizer, scale, eps)
+    return causal_sums(query, key, value) * factor

@@ -3,8 +3,6 @@
 Shapes: B batch, N queries, M keys, h heads, D head dim, F features, V width of a value.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -28,6 +26,11 @@ class Form(NamedTuple):
     eps: float
     rank_augmented: bool
     causal: bool
+
+
+def precise(x: Tensor) -> Tensor:
+    """``x`` in the dtype that sums are formed in: float64 for itself, float32 for all others."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def features(x: Tensor, name: str) -> Tensor:
@@ -57,7 +60,7 @@ def focused(x: Tensor, power: float = 3.0, scale: Tensor | None = None) -> Tenso
         power: The focusing factor.
         scale: Learned, one of each channel; None for no division. Any shape of h * D elements.
     """
-    y = F.relu(x.to(torch.promote_types(x.dtype, torch.float32))) + 1e-6
+    y = F.relu(precise(x)) + 1e-6
     if scale is not None:
         y = y / F.softplus(scale).reshape(x.shape[-2], x.shape[-1]).to(y.dtype)
     # Divided by its largest element, a power neither overflows nor vanishes; the norm below takes the factor out.
@@ -67,11 +70,10 @@ def focused(x: Tensor, power: float = 3.0, scale: Tensor | None = None) -> Tenso
 
 
 def map_features(x: Tensor, feature_map: FeatureMap) -> Tensor:
-    """A named or given feature map, at least in float32; a given function sees ``x`` in its own dtype."""
-    precise = torch.promote_types(x.dtype, torch.float32)
+    """A named or given feature map in the dtype of sums; a given function sees ``x`` in its own dtype."""
     if isinstance(feature_map, str):
-        return features(x.to(precise), feature_map)
-    return feature_map(x).to(precise)
+        return features(precise(x), feature_map)
+    return precise(feature_map(x))
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -101,19 +103,21 @@ def rotary_tables(
         width: Columns of the map.
         dim: Head dim, a multiple of 4.
         device: Where the tables are made.
-        base: Slowest over fastest turn.
+        base: Fastest over slowest turn.
     """
     count = dim // 4
-    exponent = torch.arange(count, device=device, dtype=torch.float32) / max(count - 1, 1)
-    speed = base**-exponent
-    rows = torch.arange(height, device=device, dtype=torch.float32)[:, None] * speed  # height n
+    speed = torch.pow(base, torch.arange(count, device=device, dtype=torch.float32) / -max(count - 1, 1))
+    rows = torch.arange(height, device=device, dtype=torch.float32)[:, None] * speed
     columns = torch.arange(width, device=device, dtype=torch.float32)[:, None] * speed
-    shape = [height, width, count]
+    cos = _row_major(rows.cos(), columns.cos())
+    return cos, _row_major(rows.sin(), columns.sin())
 
-    def whole(y: Tensor, x: Tensor) -> Tensor:
-        return torch.cat([y[:, None].expand(shape), x[None].expand(shape)], -1).flatten(0, 1)
 
-    return whole(rows.cos(), columns.cos()), whole(rows.sin(), columns.sin())
+def _row_major(rows: Tensor, columns: Tensor) -> Tensor:
+    """[H, n] and [W, m] to [H * W, n + m]."""
+    H, W = rows.shape[0], columns.shape[0]
+    rows = rows[:, None].expand(H, W, rows.shape[1])
+    return torch.cat([rows, columns[None].expand(H, W, columns.shape[1])], -1).flatten(0, 1)
 
 
 def away_from_zero(x: Tensor, eps: float) -> Tensor:
@@ -147,3 +151,42 @@ def coefficients(total: Tensor, count: int, normalizer: str, scale: float, eps: 
 def global_weights(query: Tensor, key: Tensor, scale: float) -> Tensor:
     """RALA's weights of keys, ``softmax_j(scale * mean_i(query_i) . key_j)``. [B, N, h, F] twice to [B, M, h]"""
     return ((key * query.mean(1, keepdim=True)).sum(-1) * scale).softmax(1)
+
+
+def mix(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    normalizer: str,
+    scale: float,
+    eps: float,
+    rotary: tuple[Tensor, Tensor] | None,
+    key_weights: Tensor | None,
+    rank_augmented: bool,
+) -> Tensor:
+    """Linear attention of features, all in one dtype, without the causal form.
+
+    Args:
+        query: [B, N, h, F]
+        key: [B, M, h, F]
+        value: [B, M, h, V]
+        normalizer: One of ``NORMALIZERS``.
+        scale: Factor of similarities.
+        eps: Added to divisors.
+        rotary: Twice [N, F / 2]
+        key_weights: [B, M, h]
+        rank_augmented: Whether to compute the weights.
+    """
+    if rank_augmented:
+        key_weights = global_weights(query, key, scale)
+    if key_weights is not None:
+        key = key * key_weights[..., None]
+    total = (query * key.sum(1, keepdim=True)).sum(-1, keepdim=True)
+    if rotary is not None:
+        query, key = rotate_pairs(query, rotary[0], rotary[1]), rotate_pairs(key, rotary[0], rotary[1])
+    state = key.permute(0, 2, 3, 1) @ value.transpose(1, 2)  # B h F V
+    out = (query.transpose(1, 2) @ state).transpose(1, 2)
+    factor, shift = coefficients(total, value.shape[1], normalizer, scale, eps)
+    if shift is None:
+        return out * factor
+    return torch.addcmul(out * factor, shift, value.mean(1, keepdim=True))

@@ -16,16 +16,15 @@ import torch
 from torch import Tensor
 
 from visionattn.kernels import _dispatch
-from visionattn.kernels._linear_causal import causal_numerators
+from visionattn.kernels._linear_causal import mix_causal
 from visionattn.kernels._linear_forms import (
     FEATURE_MAPS,
     NORMALIZERS,
     FeatureMap,
     Form,
     away_from_zero,
-    coefficients,
-    global_weights,
     map_features,
+    mix,
     rotate_pairs,
 )
 
@@ -85,23 +84,14 @@ def linear_attention_torch(
     """The fastest form known in plain PyTorch operators. Arguments as in :func:`linear_attention_reference`."""
     query, key = map_features(q, form.query_map), map_features(k, form.key_map)
     value = v.to(query.dtype)
-    if form.rank_augmented:
-        key_weights = global_weights(query, key, form.scale)
-    weighted = key if key_weights is None else key * key_weights.to(key.dtype)[..., None]
-    rotated, rotated_key = query, weighted
+    weights = None if key_weights is None else key_weights.to(query.dtype)
     if rotary is not None:
-        cos, sin = (table.to(query.dtype) for table in rotary)
-        rotated, rotated_key = rotate_pairs(query, cos, sin), rotate_pairs(weighted, cos, sin)
+        rotary = rotary[0].to(query.dtype), rotary[1].to(query.dtype)
     if form.causal:
-        out, total = causal_numerators(rotated, rotated_key, value, query, weighted)
+        out = mix_causal(query, key, value, form.normalizer, form.scale, form.eps, rotary, weights)
     else:
-        state = rotated_key.permute(0, 2, 3, 1) @ value.transpose(1, 2)  # B h F V
-        out = (rotated.transpose(1, 2) @ state).transpose(1, 2)
-        total = (query * weighted.sum(1, keepdim=True)).sum(-1, keepdim=True)
-    factor, shift = coefficients(total, k.shape[1], form.normalizer, form.scale, form.eps)
-    out = out * factor
-    if shift is not None:
-        out = torch.addcmul(out, shift, value.mean(1, keepdim=True))
+        options = (form.normalizer, form.scale, form.eps, rotary, weights, form.rank_augmented)
+        out = mix(query, key, value, *options)
     return _epilogue(out.to(v.dtype), residual, gate)
 
 

@@ -22,7 +22,11 @@ from visionattn.isotropic import Isotropic
 SMALL = {
     "anyvit_tiny_patch16": dict(img_size=64, embed_dim=8, depth=4, num_heads=2, mlp_ratio=2, drop_path_rate=0.1),
     "dinat_small": dict(embed_dim=8, depths=(2, 2, 2, 1), num_heads=(1, 2, 2, 2), kernel_size=3, drop_path_rate=0.1),
+    "mavit_t": dict(embed_dims=(8, 8, 16, 16), depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 2), mlp_ratio=2, head_width=24),
     "nat_small": dict(embed_dim=8, depths=(1, 1, 2, 1), num_heads=(1, 2, 2, 2), kernel_size=3, drop_path_rate=0.1),
+    "ravlt_t": dict(
+        embed_dims=(8, 8, 8, 8), depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 2), mlp_ratio=2, drop_path_rate=0.1
+    ),
     "van_b0": dict(embed_dims=(8, 12, 16, 20), depths=(1, 1, 2, 1), mlp_ratios=(2, 2, 2, 2), drop_path_rate=0.1),
 }
 # Maps are padded to whole windows, which makes the size part of an exported graph.

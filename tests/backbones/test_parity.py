@@ -26,6 +26,7 @@ VAN_MAPS = {"patch_embed1": "stem", "pooled": "head.global_pool", "stage4_before
     f"stage{i + 1}": f"stages.{i}" for i in range(4)
 }
 NAT_MAPS = {"embed": "stem", "final_norm": "norm"} | {f"stage{i}": f"stages.{i}" for i in range(4)}
+RAVLT_MAPS = {"patch_embed": "stem"} | {f"stage{i + 1}": f"stages.{i}" for i in range(4)}
 CASES = [
     # 1e-6 tells a wrong norm eps (2.5e-6) from rounding (4e-7).
     Case("van/van_b0", "van_b0", 1e-6, VAN_MAPS),
@@ -38,6 +39,12 @@ CASES = [
     Case("dinat/dinat_mini_250x230", "dinat_mini", 1.5e-6, NAT_MAPS, nhwc=True),
     Case("dinat/dinat_small", "dinat_small", 1.5e-6, NAT_MAPS, nhwc=True),
     Case("dinat/dinat_s_tiny", "dinat_s_tiny", 1.5e-6, NAT_MAPS, nhwc=True),
+    # 2e-6 tells the smallest of the mistakes tried, a wrong eps in one of the norms (4e-6), from rounding (8e-7).
+    Case("ravlt/ravlt_t", "ravlt_t", 2e-6, RAVLT_MAPS),
+    Case("ravlt/ravlt_t_256x192", "ravlt_t", 2e-6, RAVLT_MAPS),
+    Case("ravlt/ravlt_s", "ravlt_s", 2e-6, RAVLT_MAPS),
+    Case("mavit/mavit_t", "mavit_t", 2e-6, RAVLT_MAPS),
+    Case("mavit/mavit_s", "mavit_s", 2e-6, RAVLT_MAPS),
 ]
 # Maps carry 256 samples each, so their error scatters more than that of the whole output.
 MAP_TOLERANCE = 2e-6

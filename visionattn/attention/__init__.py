@@ -1,5 +1,11 @@
 """Attention operators as modules, one file per mechanism."""
 
+from visionattn.attention.linear import (
+    LinearAttention,
+    MagnitudeAwareAttention,
+    RankAugmentedAttention,
+    RotaryAttention,
+)
 from visionattn.attention.lka import LargeKernelAttention
 from visionattn.attention.local import CircularWindowAttention, HaloAttention
 from visionattn.attention.neighborhood import NeighborhoodAttention
@@ -9,6 +15,10 @@ __all__ = [
     "CircularWindowAttention",
     "HaloAttention",
     "LargeKernelAttention",
+    "LinearAttention",
+    "MagnitudeAwareAttention",
     "NeighborhoodAttention",
+    "RankAugmentedAttention",
+    "RotaryAttention",
     "SoftmaxAttention",
 ]

@@ -1,0 +1,235 @@
+"""Linear attention on maps, RALA's and MALA's among it, and softmax attention in the same frame."""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import is_exportable, is_scriptable, register_notrace_module, use_fused_attn
+from torch import Tensor, nn
+
+from visionattn.blocks import Linear
+from visionattn.kernels import linear_attention, rotary_tables
+from visionattn.kernels._linear_forms import FEATURE_MAPS, NORMALIZERS, features, mix, precise, rotate_pairs
+
+__all__ = ["LinearAttention", "MagnitudeAwareAttention", "RankAugmentedAttention", "RotaryAttention"]
+
+
+class MapAttention(nn.Module):
+    """The frame: ``proj((attend(q, k, v) + lepe(v)) * o)`` on maps [B, H, W, dim], q, k, v and o from one projection.
+
+    Args:
+        dim: Channels of the map.
+        num_heads: Attention heads; they divide ``dim``.
+        rotary: Whether queries and keys are rotated by their place on the map; the head dim is then a multiple of 4.
+        lepe_kernel: Side of the depthwise convolution of the values that is added; 0 for none.
+        gate: Whether there is a gate ``o``.
+        qkv_bias: Whether the projection to queries, keys, values and gate has a bias.
+        scale: Factor of similarities; None stands for head dim ** -0.5.
+
+    Raises:
+        ValueError: If an argument is not one of the allowed.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        rotary: bool = True,
+        lepe_kernel: int = 5,
+        gate: bool = True,
+        qkv_bias: bool = True,
+        scale: float | None = None,
+        device=None,
+        dtype=None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"num_heads must divide dim = {dim}, got {num_heads}")
+        if rotary and dim // num_heads % 4:
+            raise ValueError(f"rotary needs a head dim divisible by 4, got {dim} / {num_heads} = {dim // num_heads}")
+        if lepe_kernel < 0 or (lepe_kernel > 0 and lepe_kernel % 2 == 0):
+            raise ValueError(f"lepe_kernel must be odd, or 0 for none, got {lepe_kernel}")
+        self.dim = dim
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.rotary = rotary
+        self.gate = gate
+        self.scale = self.head_dim**-0.5 if scale is None else float(scale)
+        self.plain = is_exportable() or is_scriptable()  # timm's switches: layers built under them use plain operators
+        self.qkv = Linear(dim, (4 if gate else 3) * dim, bias=qkv_bias, **dd)  # q, k, v and the gate
+        if lepe_kernel:
+            self.lepe = nn.Conv2d(dim, dim, lepe_kernel, padding=lepe_kernel // 2, groups=dim, **dd)
+        else:
+            self.lepe = None
+        self.proj = Linear(dim, dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, H, W, C = x.shape
+        parts = self.qkv(x).flatten(1, 2).unflatten(-1, [-1, self.num_heads, self.head_dim]).unbind(2)  # each B N h D
+        q, k, v = parts[0], parts[1], parts[2]
+        gate = parts[3] if self.gate else None
+        residual: Tensor | None = None
+        if self.lepe is not None:
+            values = v.reshape(B, H, W, C).permute(0, 3, 1, 2)
+            residual = self.lepe(values).permute(0, 2, 3, 1).reshape(v.shape)
+        tables: tuple[Tensor, Tensor] | None = None
+        if self.rotary:
+            tables = rotary_tables(H, W, self.head_dim, device=x.device)
+        y = self.attend(q, k, v, tables, residual, gate)
+        return self.proj(y.reshape(B, H, W, C))
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        residual: Tensor | None,
+        gate: Tensor | None,
+    ) -> Tensor:
+        """Mix the values, then add and multiply. [B, N, h, D] each, the two tables of ``rotary`` [N, D / 2]"""
+        raise NotImplementedError
+
+
+@register_notrace_module  # which backend runs depends on the tensor it gets
+class LinearAttention(MapAttention):
+    """Linear attention with any named feature map and normalizer, rotary embedding, LePE and gate. [B, H, W, dim]
+
+    Args:
+        feature_map: Name of the map of queries and keys, see ``visionattn.kernels.linear_attention``.
+        normalizer: How weights are normalized, see there.
+        eps: Added to divisors.
+        rank_augmented: Whether keys are weighted by their similarity to the mean query.
+
+    The other arguments are those of the frame: dim, num_heads, rotary, lepe_kernel, gate, qkv_bias, scale.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        feature_map: str = "elu+1",
+        normalizer: str = "sum",
+        eps: float = 1e-6,
+        rank_augmented: bool = False,
+        **frame,
+    ) -> None:
+        super().__init__(dim, num_heads, **frame)
+        if feature_map not in FEATURE_MAPS:
+            raise ValueError(f"feature_map must be one of {', '.join(FEATURE_MAPS)}, got {feature_map!r}")
+        if normalizer not in NORMALIZERS:
+            raise ValueError(f"normalizer must be one of {', '.join(NORMALIZERS)}, got {normalizer!r}")
+        if not eps > 0:
+            raise ValueError(f"eps must be positive, got {eps!r}")
+        self.feature_map = feature_map
+        self.normalizer = normalizer
+        self.eps = eps
+        self.rank_augmented = rank_augmented
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_heads={self.num_heads}, feature_map={self.feature_map!r}, normalizer={self.normalizer!r}, "
+            f"rotary={self.rotary}, gate={self.gate}, rank_augmented={self.rank_augmented}"
+        )
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        residual: Tensor | None,
+        gate: Tensor | None,
+    ) -> Tensor:
+        if torch.jit.is_scripting():
+            return self._plain(q, k, v, rotary, residual, gate)
+        else:
+            return self._fused(q, k, v, rotary, residual, gate)
+
+    @torch.jit.unused
+    def _fused(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        residual: Tensor | None,
+        gate: Tensor | None,
+    ) -> Tensor:
+        backend = "torch" if self.plain else None
+        return linear_attention(
+            q, k, v, self.feature_map, self.normalizer, self.scale, self.eps, rotary, None, self.rank_augmented,
+            residual=residual, gate=gate, backend=backend,
+        )  # fmt: skip
+
+    def _plain(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        residual: Tensor | None,
+        gate: Tensor | None,
+    ) -> Tensor:
+        """What TorchScript compiles: sums in float32 here, too."""
+        query, key, value = features(precise(q), self.feature_map), features(precise(k), self.feature_map), precise(v)
+        y = mix(query, key, value, self.normalizer, self.scale, self.eps, rotary, None, self.rank_augmented)
+        y = y.to(v.dtype)
+        y = y if residual is None else y + residual
+        return y if gate is None else y * gate
+
+
+class RankAugmentedAttention(LinearAttention):
+    """RALA: linear attention whose keys are weighted by their similarity to the mean query (arXiv 2411.07635).
+
+    Args:
+        dim: Channels of the map. [B, H, W, dim] in and out
+        num_heads: Attention heads; they divide ``dim``.
+    """
+
+    def __init__(self, dim: int, num_heads: int, **frame) -> None:
+        super().__init__(dim, num_heads, "elu+1", "sum", rank_augmented=True, **frame)
+
+
+class MagnitudeAwareAttention(LinearAttention):
+    """MALA: linear attention whose weights grow with the norm of the query (arXiv 2507.00698).
+
+    Args:
+        dim: Channels of the map. [B, H, W, dim] in and out
+        num_heads: Attention heads; they divide ``dim``.
+    """
+
+    def __init__(self, dim: int, num_heads: int, **frame) -> None:
+        super().__init__(dim, num_heads, "elu+1", "magnitude", **frame)
+
+
+@register_notrace_module
+class RotaryAttention(MapAttention):
+    """Softmax attention between all positions in the frame of the linear layers. [B, H, W, dim]
+
+    The arguments are those of the frame: dim, num_heads, rotary, lepe_kernel, gate, qkv_bias, scale.
+    """
+
+    def __init__(self, dim: int, num_heads: int, **frame) -> None:
+        super().__init__(dim, num_heads, **frame)
+        self.fused_attn = use_fused_attn()
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        residual: Tensor | None,
+        gate: Tensor | None,
+    ) -> Tensor:
+        if rotary is not None:
+            q = rotate_pairs(q, rotary[0], rotary[1]).to(v.dtype)
+            k = rotate_pairs(k, rotary[0], rotary[1]).to(v.dtype)
+        q, k, values = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # B h N D
+        if self.fused_attn:
+            y = F.scaled_dot_product_attention(q, k, values, scale=self.scale)
+        else:
+            y = ((q * self.scale) @ k.transpose(-1, -2)).softmax(-1) @ values
+        y = y.transpose(1, 2)
+        y = y if residual is None else y + residual
+        return y if gate is None else y * gate
