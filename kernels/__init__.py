@@ -2,6 +2,7 @@
 
 from visionattn.kernels._dispatch import BackendError, get_backend, set_backend, use_backend
 from visionattn.kernels._linear_forms import focused, rotary_tables
+from visionattn.kernels.bilevel import bilevel_routing_attention
 from visionattn.kernels.depthwise import depthwise_conv2d
 from visionattn.kernels.gated_pointwise import gated_pointwise
 from visionattn.kernels.linear_attention import linear_attention
@@ -9,6 +10,7 @@ from visionattn.kernels.neighborhood import neighborhood_attention
 
 __all__ = [
     "BackendError",
+    "bilevel_routing_attention",
     "depthwise_conv2d",
     "focused",
     "gated_pointwise",

@@ -4,10 +4,12 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, register_notrace_module
+from timm.layers import DropPath, is_exportable, is_scriptable, register_notrace_module
 from torch import Tensor, nn
 
-__all__ = ["Linear", "Mlp", "PreNormBlock", "ScaledResidual", "in_slices", "to_channels_last"]
+from visionattn.kernels import depthwise_conv2d
+
+__all__ = ["DepthwiseConv", "Linear", "Mlp", "PreNormBlock", "ScaledResidual", "in_slices", "to_channels_last"]
 
 # A share of the third-level cache. Measured on VAN at 224 px, batch 8, two threads: 1.8 times (B0) and 1.4 times (B2)
 # the speed of whole batches, whose maps above 32 MiB the allocator returns to the system after every operator and gets
@@ -74,6 +76,32 @@ class Linear(nn.Linear):
         y = x.reshape(samples, -1, 1, self.in_features).permute(0, 3, 1, 2)
         y = F.conv2d(y, self.weight[:, :, None, None], self.bias)
         return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], self.out_features)
+
+
+@register_notrace_module  # which operator runs depends on the tensor
+class DepthwiseConv(nn.Conv2d):
+    """Depthwise convolution with bias that keeps the size of maps with the channels last. [B, H, W, dim]
+
+    Args:
+        dim: Channels.
+        kernel_size: Side of the kernel, odd.
+    """
+
+    def __init__(self, dim: int, kernel_size: int, device=None, dtype=None) -> None:
+        super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, device=device, dtype=dtype)
+        self.plain = is_exportable() or is_scriptable()  # timm's switches: layers built under them use plain operators
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 3, 1, 2)
+        if torch.jit.is_scripting() or self.plain:
+            x = F.conv2d(x, self.weight, self.bias, padding=self.padding, groups=self.groups)
+        else:
+            x = self._fused(x)
+        return x.permute(0, 2, 3, 1)
+
+    @torch.jit.unused
+    def _fused(self, x: Tensor) -> Tensor:
+        return depthwise_conv2d(x, self.weight, self.bias)
 
 
 class Mlp(nn.Module):

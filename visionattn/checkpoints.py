@@ -13,7 +13,7 @@ NESTS = ("state_dict_ema", "model_ema", "state_dict", "model")  # timm's order: 
 NATIVE = ("stem.", "stages.")
 
 
-def rename_checkpoint(state_dict: dict, rules: Sequence[Rule]) -> dict[str, Tensor]:
+def rename_checkpoint(state_dict: dict, rules: Sequence[Rule], native: tuple[str, ...] = NATIVE) -> dict[str, Tensor]:
     """Unwrap and rename what the authors published; a state dict with our own names is returned as it is.
 
     Unwrapping takes the tensors out of a training checkpoint, removes the prefixes that wrappers leave, and takes the
@@ -23,10 +23,11 @@ def rename_checkpoint(state_dict: dict, rules: Sequence[Rule]) -> dict[str, Tens
         state_dict: Parameters by name, or a checkpoint that holds them.
         rules: ``(pattern, replacement)`` pairs for ``re.sub``, applied in turn to every name; a replacement of None
             drops the parameters whose name the pattern is found in.
+        native: How names begin in our state dicts only.
     """
     nest = next((key for key in NESTS if isinstance(state_dict.get(key), dict)), None)
     state_dict = state_dict if nest is None else state_dict[nest]
-    if any(name.startswith(NATIVE) for name in state_dict):
+    if any(name.startswith(native) for name in state_dict):
         return state_dict
     state_dict = clean_state_dict(state_dict)
     inside = {name.removeprefix("backbone."): v for name, v in state_dict.items() if name.startswith("backbone.")}

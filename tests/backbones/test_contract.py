@@ -20,6 +20,9 @@ from visionattn.isotropic import Isotropic
 
 # One registered name of each family, with arguments that make it small without changing its kind.
 SMALL = {
+    "biformer_tiny": dict(
+        embed_dims=(8, 16, 24, 32), depths=(1, 1, 2, 1), head_dim=4, n_win=2, topks=(1, 2, 3, -2), drop_path_rate=0.1
+    ),
     "anyvit_tiny_patch16": dict(img_size=64, embed_dim=8, depth=4, num_heads=2, mlp_ratio=2, drop_path_rate=0.1),
     "dinat_small": dict(embed_dim=8, depths=(2, 2, 2, 1), num_heads=(1, 2, 2, 2), kernel_size=3, drop_path_rate=0.1),
     "mavit_t": dict(embed_dims=(8, 8, 16, 16), depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 2), mlp_ratio=2, head_width=24),

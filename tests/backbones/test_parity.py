@@ -27,7 +27,13 @@ VAN_MAPS = {"patch_embed1": "stem", "pooled": "head.global_pool", "stage4_before
 }
 NAT_MAPS = {"embed": "stem", "final_norm": "norm"} | {f"stage{i}": f"stages.{i}" for i in range(4)}
 RAVLT_MAPS = {"patch_embed": "stem"} | {f"stage{i + 1}": f"stages.{i}" for i in range(4)}
+BIFORMER_MAPS = {"stem": "stem", "norm": "norm", "pooled": "head.global_pool"} | {
+    f"stage{i + 1}": f"stages.{i}" for i in range(4)
+}
 CASES = [
+    # 1e-6 tells a wrong eps of the layer norms in biformer_tiny (9e-6) from rounding (3e-7).
+    Case("biformer/biformer_tiny", "biformer_tiny", 1e-6, BIFORMER_MAPS),
+    Case("biformer/biformer_stl_nchw", "biformer_stl_nchw", 1e-6, BIFORMER_MAPS),
     # 1e-6 tells a wrong norm eps (2.5e-6) from rounding (4e-7).
     Case("van/van_b0", "van_b0", 1e-6, VAN_MAPS),
     Case("van/van_b2", "van_b2", 1e-6, VAN_MAPS),

@@ -1,5 +1,6 @@
 """Attention operators as modules, one file per mechanism."""
 
+from visionattn.attention.bilevel import BiLevelRoutingAttention, LePEAttention
 from visionattn.attention.linear import (
     LinearAttention,
     MagnitudeAwareAttention,
@@ -12,6 +13,8 @@ from visionattn.attention.neighborhood import NeighborhoodAttention
 from visionattn.attention.softmax import SoftmaxAttention
 
 __all__ = [
+    "BiLevelRoutingAttention",
+    "LePEAttention",
     "CircularWindowAttention",
     "HaloAttention",
     "LargeKernelAttention",
