@@ -4,6 +4,7 @@ from visionattn.kernels._dispatch import BackendError, get_backend, set_backend,
 from visionattn.kernels._linear_forms import focused, rotary_tables
 from visionattn.kernels.bilevel import bilevel_routing_attention
 from visionattn.kernels.depthwise import depthwise_conv2d
+from visionattn.kernels.flow_attention import flow_attention
 from visionattn.kernels.gated_pointwise import gated_pointwise
 from visionattn.kernels.linear_attention import linear_attention
 from visionattn.kernels.neighborhood import neighborhood_attention
@@ -12,6 +13,7 @@ __all__ = [
     "BackendError",
     "bilevel_routing_attention",
     "depthwise_conv2d",
+    "flow_attention",
     "focused",
     "gated_pointwise",
     "get_backend",

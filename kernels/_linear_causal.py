@@ -13,21 +13,26 @@ from visionattn.kernels._linear_forms import coefficients, rotate_pairs
 CHUNK = 64
 
 
-def causal_sums(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """``sum_{j <= i} (query_i . key_j) value_j`` for every i; memory grows with N * F * V / CHUNK.
+def _chunks(x: Tensor, chunk: int) -> Tensor:
+    """[B, N, h, F] to [B, n, h, chunk, F], with zeros after the end."""
+    pad = -x.shape[1] % chunk
+    return F.pad(x, [0, 0, 0, 0, 0, pad]).unflatten(1, [-1, chunk]).transpose(2, 3)
+
+
+def causal_sums(query: Tensor, key: Tensor, value: Tensor, chunk: int = CHUNK) -> Tensor:
+    """``sum_{j <= i} (query_i . key_j) value_j`` for every i; memory grows with N * F * V / chunk.
 
     Args:
         query: [B, N, h, F]
         key: [B, N, h, F]
         value: [B, N, h, V]
+        chunk: Positions that see each other directly.
     """
     N = query.shape[1]
-    pad = -N % CHUNK
-    chunks = [F.pad(t, (0, 0, 0, 0, 0, pad)).unflatten(1, (-1, CHUNK)).transpose(2, 3) for t in (query, key, value)]
-    query, key, value = chunks  # B n h T (F or V)
+    query, key, value = _chunks(query, chunk), _chunks(key, chunk), _chunks(value, chunk)
     inside = (query @ key.transpose(-1, -2)).tril() @ value
     states = key.transpose(-1, -2) @ value  # B n h F V
-    before = F.pad(states.cumsum(1)[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0))
+    before = F.pad(states.cumsum(1)[:, :-1], [0, 0, 0, 0, 0, 0, 1, 0])
     return (inside + query @ before).transpose(2, 3).flatten(1, 2)[:, :N]
 
 

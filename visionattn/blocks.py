@@ -186,7 +186,7 @@ class PreNormBlock(nn.Module):
         dim: Channels.
         mixer: The attention, from grid to grid.
         mlp_ratio: Hidden over outer width of the MLP.
-        layer_scale: Initial scale of each branch; None for unscaled branches.
+        layer_scale: Initial scale of each branch, or those of attention and MLP; None for unscaled branches.
         proj_drop: Dropout inside the MLP.
         drop_path: Stochastic depth of both branches.
         eps: Of both layer norms.
@@ -197,7 +197,7 @@ class PreNormBlock(nn.Module):
         dim: int,
         mixer: nn.Module,
         mlp_ratio: float = 4.0,
-        layer_scale: float | None = None,
+        layer_scale: float | None | tuple[float | None, float | None] = None,
         proj_drop: float = 0.0,
         drop_path: float = 0.0,
         eps: float = 1e-6,
@@ -206,12 +206,13 @@ class PreNormBlock(nn.Module):
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
+        scale1, scale2 = layer_scale if isinstance(layer_scale, tuple) else (layer_scale, layer_scale)
         self.norm1 = nn.LayerNorm(dim, eps=eps, **dd)
         self.attn = mixer
-        self.residual1 = ScaledResidual(dim, layer_scale, drop_path, **dd)
+        self.residual1 = ScaledResidual(dim, scale1, drop_path, **dd)
         self.norm2 = nn.LayerNorm(dim, eps=eps, **dd)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), proj_drop, **dd)
-        self.residual2 = ScaledResidual(dim, layer_scale, drop_path, **dd)
+        self.residual2 = ScaledResidual(dim, scale2, drop_path, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.residual1(x, self.attn(self.norm1(x)))

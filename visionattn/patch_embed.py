@@ -106,6 +106,7 @@ class PatchEmbed(_Patches):
         img_size: Side, or height and width, of the images that the position embedding is made for; it is resampled
             for others. None for no position embedding.
         norm: Applied to the projected patches, on the last axis.
+        nchw: Whether the result is a map [B, C, H, W], the same in memory, instead of a grid.
 
     Raises:
         ValueError: If ``img_size`` is smaller than a patch.
@@ -118,10 +119,12 @@ class PatchEmbed(_Patches):
         patch_size: int = 16,
         img_size: int | Sequence[int] | None = 224,
         norm: nn.Module | None = None,
+        nchw: bool = False,
         device=None,
         dtype=None,
     ) -> None:
         super().__init__(in_chans, dim, patch_size, img_size, norm, 0, device=device, dtype=dtype)
+        self.nchw = nchw
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, in_chans, H', W'] to a grid [B, H, W, C]."""
@@ -130,7 +133,7 @@ class PatchEmbed(_Patches):
             height, width = x.shape[1], x.shape[2]
             table = position_embedding(self.pos_embed, self.grid_size, height, width, 0)
             x = x + table.unflatten(1, [height, width])
-        return x
+        return x.permute(0, 3, 1, 2) if self.nchw else x
 
 
 class PrefixPatchEmbed(_Patches):

@@ -1,6 +1,7 @@
 """Attention operators as modules, one file per mechanism."""
 
 from visionattn.attention.bilevel import BiLevelRoutingAttention, LePEAttention
+from visionattn.attention.flow import CrossFlowAttention, FlowAttention
 from visionattn.attention.linear import (
     LinearAttention,
     MagnitudeAwareAttention,
@@ -16,6 +17,8 @@ __all__ = [
     "BiLevelRoutingAttention",
     "LePEAttention",
     "CircularWindowAttention",
+    "CrossFlowAttention",
+    "FlowAttention",
     "HaloAttention",
     "LargeKernelAttention",
     "LinearAttention",
