@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from visionattn.attention import NeighborhoodAttention
 from visionattn.backbone import Pyramid, Stage, build_backbone
 from visionattn.blocks import Mlp, ScaledResidual, to_channels_last
-from visionattn.checkpoints import rename_checkpoint
+from visionattn.checkpoints import rename_checkpoint, resize_axes
 from visionattn.weights import pretrained_cfgs
 
 __all__ = ["NAT"]
@@ -192,7 +192,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     """Rename the parameters of the authors' NAT, DiNAT and DiNAT_s; our own state dict is returned as it is.
 
     A detector or segmenter has a norm per output in place of the final norm and the classifier. Those belong to its
-    decoder and are left out; load the rest with ``features_only=True`` or ``num_classes=0``.
+    decoder and are left out; load the rest with ``features_only=True`` or ``num_classes=0``. Bias tables of another
+    window are interpolated, as the authors did for 11x11 windows.
     """
     rules = (
         (r"^norm\d\.", None),
@@ -202,7 +203,13 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
         (r"^head\.", "head.fc."),
         (r"\.gamma(\d)$", r".residual\1.gamma"),
     )
-    return rename_checkpoint(state_dict, rules)
+    state_dict = rename_checkpoint(state_dict, rules)
+    for name, module in model.named_modules():
+        key = f"{name}.rpb"
+        if isinstance(module, NeighborhoodAttention) and module.rpb is not None and key in state_dict:
+            table = resize_axes(state_dict[key], module.rpb.shape[1:], (1, 2), name=key)
+            state_dict = state_dict if table is state_dict[key] else state_dict | {key: table}
+    return state_dict
 
 
 default_cfgs = generate_default_cfgs(pretrained_cfgs("nat", first_conv="stem.proj.0", classifier="head.fc"))

@@ -17,6 +17,7 @@ TOP = {"backbones", "kernels", "configs", "weights"}  # folders of the checkout 
 LAYERS = (
     {"kernels", "weights", "configs"},
     {"blocks", "attention", "checkpoints", "patch_embed"},
+    {"hub"},
     {"backbone", "isotropic", "natten"},
     {"backbones"},
     {"train", "benchmark"},

@@ -9,6 +9,8 @@ from timm.models._features import feature_take_indices  # private names of timm 
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
+from visionattn.hub import with_weights
+
 __all__ = ["Backbone", "Pyramid", "Stage", "build_backbone", "feature_take_indices", "update_model_input_size"]
 
 
@@ -258,7 +260,11 @@ def build_backbone(
         pretrained: Whether to load the published weights.
         checkpoint_filter_fn: From the release's parameter names to ours.
         kwargs: Arguments of ``cls`` and of ``timm.models.build_model_with_cfg``.
+
+    Raises:
+        WeightsError: If the weights cannot be had, or do not fit.
     """
+    checkpoint_filter_fn, kwargs = with_weights(variant, pretrained, checkpoint_filter_fn, kwargs)
     pyramid = issubclass(cls, Pyramid)
     features = dict(out_indices=(0, 1, 2, 3)) if pyramid else dict(out_indices=4, feature_cls="getter")
     return build_model_with_cfg(
