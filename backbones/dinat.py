@@ -5,6 +5,7 @@ Original code: SHI-Labs/Neighborhood-Attention-Transformer (MIT). DiNAT is NAT w
 blocks between Swin's patch embedding and patch merging.
 """
 
+import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d, is_exporting, register_notrace_module
 from timm.models import generate_default_cfgs, register_model
@@ -35,7 +36,10 @@ class PatchEmbed(nn.Module):
         self.norm = LayerNorm2d(dim, eps=EPS, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.pad(x, (0, -x.shape[3] % 4, 0, -x.shape[2] % 4))
+        if is_exporting():  # enough for any size; what does not fill a patch is left out
+            x = F.pad(x, (0, 3, 0, 3))
+        else:
+            x = F.pad(x, (0, -x.shape[3] % 4, 0, -x.shape[2] % 4))
         return self.norm(self.proj(to_channels_last(x)))
 
 
@@ -55,12 +59,16 @@ class PatchMerging(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         B, C, H, W = x.shape
         x = x.permute(0, 2, 3, 1)
-        if is_exporting() or H % 2 + W % 2 > 0:  # an exported graph keeps no branch on a size
-            x = F.pad(x, (0, 0, 0, W % 2, 0, H % 2))
-        x = x.reshape(B, (H + 1) // 2, 2, (W + 1) // 2, 2, C).permute(
-            0, 1, 3, 4, 2, 5
-        )  # the row varies before the column
-        return self.reduction(self.norm(x.flatten(3))).permute(0, 3, 1, 2)
+        # The row varies before the column.
+        if is_exporting():  # without branches on sizes
+            x = F.pad(x, (0, 0, 0, 1, 0, 1))
+            left, right = x[:, :, :W:2], x[:, :, 1 : W + 1 : 2]
+            x = torch.cat([left[:, :H:2], left[:, 1 : H + 1 : 2], right[:, :H:2], right[:, 1 : H + 1 : 2]], -1)
+        else:
+            if H % 2 + W % 2 > 0:
+                x = F.pad(x, (0, 0, 0, W % 2, 0, H % 2))
+            x = x.reshape(B, (H + 1) // 2, 2, (W + 1) // 2, 2, C).permute(0, 1, 3, 4, 2, 5).flatten(3)
+        return self.reduction(self.norm(x)).permute(0, 3, 1, 2)
 
 
 class DiNATs(NAT):

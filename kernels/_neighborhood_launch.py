@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from visionattn.kernels import _dispatch, _triton
+from visionattn.kernels.windows import first_seen
 
 MAX_HEAD_DIM = 128
 MAX_BIAS_WINDOW = 32  # a row of the halo, at most 64 wide then, is read in one step for the gradient of the bias
@@ -41,16 +42,10 @@ def halo(length: int, tile: int, window: int, causal: bool, viewers: bool) -> in
             if viewers:
                 seen = (first, min(last + window - 1, n - 1)) if causal else _viewers(first, last, n, window)
             else:
-                seen = _keys(first, n, window, causal)[0], _keys(last, n, window, causal)[1]
+                end = last if causal else first_seen(last, n, window, causal) + window - 1
+                seen = first_seen(first, n, window, causal), end
             largest = max(largest, seen[1] - seen[0] + 1)
     return largest
-
-
-def _keys(rank: int, n: int, window: int, causal: bool) -> tuple[int, int]:
-    if causal:
-        return max(rank - window + 1, 0), rank
-    first = min(max(rank - window // 2, 0), n - window)
-    return first, first + window - 1
 
 
 def _viewers(first: int, last: int, n: int, window: int) -> tuple[int, int]:

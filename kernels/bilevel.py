@@ -26,8 +26,8 @@ from visionattn.kernels._bilevel_regions import (
     route_regions,
     to_regions,
 )
-from visionattn.kernels._tiles import eager
-from visionattn.kernels._windows import per_axis
+from visionattn.kernels.tiles import eager
+from visionattn.kernels.windows import per_axis
 
 # Up to here a mask over all pairs of tokens measured faster than copies of the routed regions.
 MASKED_TOKENS = 196

@@ -3,23 +3,22 @@ D head dim, K window side, S slots of a window (the product of its sides).
 
     out[i] = sum_j p[i, j] v[j],   p[i, :] = softmax_j(scale * q[i] . k[j] + bias[j - i])
 
-where j runs over the S positions of i's window: see ``_windows.py`` for which these are (arXiv 2204.07143, with
+where j runs over the S positions of i's window: see ``windows.py`` for which these are (arXiv 2204.07143, with
 dilation arXiv 2209.15001).
 """
 
 from __future__ import annotations
 
-import math
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from visionattn.kernels import _dispatch, _tiles
-from visionattn.kernels._windows import axis_windows, map_windows, per_axis
+from visionattn.kernels import _dispatch
+from visionattn.kernels.neighborhood_torch import neighborhood_attention_torch
 from visionattn.kernels.neighborhood_triton import neighborhood_attention_triton, unsupported
+from visionattn.kernels.windows import map_windows, per_axis
 
 MAX_AXES = 3
 
@@ -45,132 +44,6 @@ def neighborhood_attention_reference(
         weights = logits.masked_fill(~exists, -torch.inf).softmax(-1)
         out = torch.einsum("bhns,bnshd->bnhd", weights, v[:, keys])
     return out.reshape(q.shape).to(q.dtype)
-
-
-def neighborhood_attention_torch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kernel_size: tuple[int, ...],
-    dilation: tuple[int, ...],
-    bias: Tensor | None,
-    is_causal: tuple[bool, ...],
-    scale: float,
-) -> Tensor:
-    """The fastest form known in plain PyTorch operators. Arguments as in :func:`neighborhood_attention`, per axis.
-
-    Tiles of neighboring queries attend to all the keys that one of them sees, under a mask. See ``_tiles.py``. Second
-    derivatives without a trained bias need the reference.
-    """
-    trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, bias))
-    arguments = (q, k, v, kernel_size, dilation, bias, is_causal, scale)
-    if torch.compiler.is_compiling() and not _dispatch.exporting():  # twice the speed, and compiled in seconds
-        return _gathered(*arguments)
-    if _dispatch.exporting():
-        return _tiled(*arguments, trained=False, contain=False)  # the same graph, whether or not gradients are on
-    if math.prod(kernel_size) == 1:  # nothing to share
-        return neighborhood_attention_reference(*arguments)
-    if q.device.type != "cpu" or not _tiles.eager(q):  # to look at the result would cost a synchronisation
-        return _tiled(*arguments, trained, contain=True)
-    out = _tiled(*arguments, trained, contain=False)
-    # What spreads within a tile, from keys and values that its other queries see, is never finite.
-    if out.detach().sum(dtype=torch.promote_types(out.dtype, torch.float32)).isfinite():
-        return out
-    return _tiled(*arguments, trained, contain=True)
-
-
-def _tiled(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kernel_size: tuple[int, ...],
-    dilation: tuple[int, ...],
-    bias: Tensor | None,
-    is_causal: tuple[bool, ...],
-    scale: float,
-    trained: bool,
-    contain: bool,
-) -> Tensor:
-    """Attention tile by tile; ``contain`` keeps NaN and Inf from the queries of a tile that do not see their cause."""
-    B, *sides, h, D = q.shape
-    spatial = tuple(operator.index(side) for side in sides)  # a compiler makes one graph for each size of the map
-    groups = _tiles.plan(spatial, kernel_size, dilation, is_causal, operator.index(h))
-    tables = _tiles.tables_for(q, groups, spatial, kernel_size, dilation, is_causal)
-    masks = _tiles.additive_masks(bias, groups, tables, kernel_size, q.dtype)
-    whole = len(groups) == 1 and groups[0].tiles == 1
-    start = torch.arange(B, device=q.device)[:, None] * math.prod(spatial)
-
-    def tiles(x: Tensor, index: tuple[Tensor, ...]) -> Iterator[Tensor]:
-        x = x.reshape(-1, h * D)
-        if whole:
-            return iter((x,))
-        if not trained:  # one group at a time needs less memory
-            return (x.index_select(0, (start + i).flatten()) for i in index)
-        every = torch.cat([(start + i).flatten() for i in index])
-        return iter(x.index_select(0, every).split([B * i.numel() for i in index]))
-
-    finite = [torch.where(t.isfinite(), t, 0) for t in (k, v)] if contain else [k, v]
-    rows = (tiles(q, tables.queries), *(tiles(t, tables.keys) for t in finite))
-    parts = []
-    for group, mask, *qkv in zip(groups, masks, *rows, strict=True):
-        sizes = (group.queries, group.keys, group.keys)
-        qkv = [t.view(-1, size, h, D).transpose(1, 2) for t, size in zip(qkv, sizes, strict=True)]
-        part = _attend(*qkv, mask, scale, trained and mask.requires_grad, contain).transpose(1, 2)
-        if _dispatch.exporting():  # SDPA's layout is not the same for every runtime
-            part = part.clone(memory_format=torch.contiguous_format)
-        parts.append(part.reshape(B, group.tiles * group.queries, h * D))
-    out = parts[0] if whole else torch.cat(parts, 1).index_select(1, tables.inverse)
-    out = out.view(q.shape)
-    return _with_nan_where_seen(out, k, v, kernel_size, dilation, is_causal) if contain else out
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, trained: bool, contain: bool) -> Tensor:
-    """Attention of tiles. q: [n, h, T, D]; k, v: [n, h, S, D]; mask: [h or 1, T, S]"""
-    if not trained and not (contain and q.device.type == "cpu"):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[None], scale=scale)
-    # SDPA is slow where the mask needs a gradient, and cannot mask a logit that has overflowed.
-    logits = (q * scale) @ k.transpose(-1, -2) + mask
-    if contain:
-        logits = logits.masked_fill(mask == -torch.inf, -torch.inf)
-    return logits.softmax(-1) @ v
-
-
-def _with_nan_where_seen(
-    out: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kernel_size: tuple[int, ...],
-    dilation: tuple[int, ...],
-    is_causal: tuple[bool, ...],
-) -> Tensor:
-    """NaN for every query and head that sees a key or value with a NaN or Inf."""
-    bad = ~(k.isfinite() & v.isfinite()).all(-1)
-    for axis, (K, d, c) in enumerate(zip(kernel_size, dilation, is_causal, strict=True), 1):
-        keys, _, _ = axis_windows(bad.shape[axis], K, d, c, v.device)
-        bad = bad.index_select(axis, keys.flatten()).unflatten(axis, keys.shape).any(axis + 1)
-    return out.masked_fill(bad[..., None], torch.nan)
-
-
-def _gathered(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kernel_size: tuple[int, ...],
-    dilation: tuple[int, ...],
-    bias: Tensor | None,
-    is_causal: tuple[bool, ...],
-    scale: float,
-) -> Tensor:
-    """The reference in elementwise operators, which a compiler fuses with the gather, so that it is never stored."""
-    precise = torch.promote_types(q.dtype, torch.float32)
-    spatial = tuple(operator.index(side) for side in q.shape[1:-2])
-    keys, offsets, exists = map_windows(spatial, kernel_size, dilation, is_causal, q.device)
-    rows, k, v = (t.flatten(1, -3) for t in (q, k, v))  # B N h D
-    logits = (k[:, keys].to(precise) * (rows.to(precise) * scale)[:, :, None]).sum(-1)  # B N S h
-    if bias is not None:
-        logits = logits + bias.to(precise).flatten(1)[:, offsets].permute(1, 2, 0)
-    weights = logits.masked_fill(~exists[..., None], -torch.inf).softmax(2)
-    return (weights[..., None] * v[:, keys].to(precise)).sum(2).view(q.shape).to(q.dtype)
 
 
 def neighborhood_attention(
@@ -248,7 +121,7 @@ def _check(
             raise ValueError(f"kernel_size must be at least 1, got {K} for spatial axis {axis}")
         if d < 1:
             raise ValueError(f"dilation must be at least 1, got {d} for spatial axis {axis}")
-        if K * d > L:
+        if isinstance(L, int) and K * d > L:  # an exported graph would keep the comparison with a symbol
             raise ValueError(
                 f"kernel_size * dilation must not exceed the map: {K} * {d} = {K * d} on spatial axis {axis} of "
                 f"length {L}; pad the map, or take a smaller window"

@@ -8,7 +8,7 @@ from torch import nn
 
 import visionattn  # noqa: F401
 from visionattn.attention import NeighborhoodAttention
-from visionattn.backbones.dinat import DiNAT, DiNATs, PatchMerging
+from visionattn.backbones.dinat import DiNAT, DiNATs, PatchEmbed, PatchMerging
 from visionattn.backbones.nat import NAT, Block, checkpoint_filter_fn
 
 PARAMETERS = {
@@ -147,6 +147,16 @@ def test_patch_merging_has_swin_s_order_and_normalises_the_padding():
     phases = [padded[:, :, row::2, column::2] for column in (0, 1) for row in (0, 1)]
     expected = merge.reduction(merge.norm(torch.cat(phases, 1).permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
     torch.testing.assert_close(merge(x), expected)
+
+
+@pytest.mark.parametrize("size", [(7, 9), (8, 9), (7, 10), (8, 12)])
+def test_exported_patches_and_merging_are_those_of_eager_code(size, monkeypatch):
+    for module, channels in ((PatchMerging(4), 4), (PatchEmbed(3, 8), 3)):
+        x = torch.randn(2, channels, *size)
+        expected = module(x)
+        with monkeypatch.context() as patch:
+            patch.setattr("visionattn.backbones.dinat.is_exporting", lambda: True)
+            torch.testing.assert_close(module(x), expected)
 
 
 def authors_names(state_dict, levels):

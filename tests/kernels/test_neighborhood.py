@@ -9,8 +9,8 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 from visionattn.benchmark.measure import peak_memory
-from visionattn.kernels import _tiles, neighborhood_attention
-from visionattn.kernels._windows import axis_windows, map_windows
+from visionattn.kernels import neighborhood_attention, neighborhood_attention_plain, tiles
+from visionattn.kernels.windows import axis_windows, map_windows, per_axis
 
 BACKENDS = ("torch", "reference")
 
@@ -42,6 +42,10 @@ def tensors(B, spatial, h, D, K, biased=True, dtype=torch.float32, scale=1.0):
 
 def call(inputs, K, d, causal, backend=None, **kwargs):
     q, k, v, *bias = inputs
+    if backend == "plain":  # what is exported and scripted
+        given = (K, int), (d, int), (causal, bool)
+        K, d, causal = (list(per_axis("", x, q.dim() - 3, kind)) for x, kind in given)
+        return neighborhood_attention_plain(q, k, v, K, d, *bias or [None], causal, q.shape[-1] ** -0.5)
     return neighborhood_attention(q, k, v, K, d, *bias, is_causal=causal, backend=backend, **kwargs)
 
 
@@ -134,7 +138,8 @@ def test_torch_equals_reference_forward_and_gradients(shape, biased):
         assert out.is_contiguous() and out.shape == inputs[0].shape
         results.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
         with torch.no_grad():  # another path through the code than with gradients
-            torch.testing.assert_close(call(inputs, K, d, causal, backend), out, rtol=1e-4, atol=1e-5)
+            for other in (backend, "plain"):
+                torch.testing.assert_close(call(inputs, K, d, causal, other), out, rtol=1e-4, atol=1e-5)
     # The same sums in another order; a gradient of the bias adds up to some thousand terms.
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-4)
 
@@ -233,7 +238,7 @@ def sees(spatial, K, d, causal, at):
 @pytest.mark.parametrize("trained", [True, False])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38], ids=str)
 @pytest.mark.parametrize("case", [((20, 17), 5, 1, False), ((17, 15), 3, 2, True), ((50,), 7, 1, False)], ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "plain"])
 def test_non_finite_values_reach_only_the_windows_that_see_them(case, value, trained, backend):
     spatial, K, d, causal = case
     at = tuple(L // 2 for L in spatial)
@@ -348,8 +353,8 @@ def test_tiles_cover_every_query_once_and_every_key_it_sees(spatial, K, d, causa
         return
     axes = len(spatial)
     settings = (K,) * axes, (d,) * axes, (causal,) * axes
-    groups = _tiles.plan(spatial, *settings, 2)
-    made = _tiles.tables(groups, spatial, *settings, torch.device("cpu"))
+    groups = tiles.plan(spatial, *settings, 2)
+    made = tiles.tables(groups, spatial, *settings, torch.device("cpu"))
     keys, offsets, exists = map_windows(spatial, *settings, torch.device("cpu"))
     order = torch.cat(made.queries)
     assert torch.equal(order[made.inverse], torch.arange(keys.shape[0]))
@@ -357,7 +362,7 @@ def test_tiles_cover_every_query_once_and_every_key_it_sees(spatial, K, d, causa
     expected = torch.full((keys.shape[0], keys.shape[0]), -torch.inf)
     query, slot = exists.nonzero().T
     expected[query, keys[query, slot]] = table.flatten()[offsets[query, slot]]
-    masks = _tiles.additive_masks(table, groups, made, settings[0], torch.float32)
+    masks = tiles.additive_masks(table, groups, made.bias, settings[0], torch.float32)
     found = torch.full_like(expected, -torch.inf)
     for group, mask, q, k in zip(groups, masks, made.queries, made.keys, strict=True):
         for queries, tile_keys in zip(q.view(-1, group.queries), k.view(-1, group.keys), strict=True):

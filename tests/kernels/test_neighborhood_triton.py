@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from visionattn.kernels._neighborhood_launch import halo
-from visionattn.kernels._windows import window_start
+from visionattn.kernels.windows import window_start
 
 CASES = str(Path(__file__).with_name("neighborhood_triton_cases.py"))
 
@@ -35,7 +35,7 @@ def test_halos_hold_all_that_a_tile_sees(window, causal, viewers):
     for length, tile in itertools.product(range(window, 45), (1, 8)):
         for n in {length, max(length - 1, window)}:  # residues differ by one
             rank = torch.arange(n)
-            start = window_start(rank, n, window, causal)
+            start = window_start(rank, torch.full_like(rank, n), window, causal)
             stop = rank if causal else start + window - 1
             pairs = (rank[None, :] >= start[:, None]) & (rank[None, :] <= stop[:, None])  # query key
             for rows in (pairs.T if viewers else pairs).split(tile):

@@ -12,8 +12,8 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from visionattn.blocks import Linear
-from visionattn.kernels import _dispatch, _tiles
-from visionattn.kernels._tiles import Axis, Group, Run
+from visionattn.kernels import autocast, exporting
+from visionattn.kernels.tiles import Axis, Group, Run, eager, positions
 
 __all__ = ["CircularWindowAttention", "HaloAttention", "circular_attention"]
 
@@ -46,7 +46,7 @@ def circular_attention(
         raise ValueError(f"q, k and v must be [B, H, W, h, D] and of one shape, got {shapes}")
     if (more_k is None) != (more_v is None) or (more_k is not None and more_k.shape != more_v.shape):
         raise ValueError("more_k and more_v must be given together and be of one shape")
-    q, k, v, more_k, more_v = _dispatch.autocast(q, k, v, more_k, more_v)
+    q, k, v, more_k, more_v = autocast(q, k, v, more_k, more_v)
 
     def attend(group: Group, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         dy, dx = (_distances(axis.run, q.device) for axis in group.axes)
@@ -61,12 +61,12 @@ def circular_attention(
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
 
     groups = _blocks(q.shape[1:3], TILE, radius - 1)
-    if _tiles.eager(q) and q.device.type == "cpu":
+    if eager(q) and q.device.type == "cpu":
         out = _over_tiles(q, k, v, groups, attend)
         # What spreads within a tile, from keys and values that its other queries do not see, is never finite.
         if out.detach().sum(dtype=torch.promote_types(out.dtype, torch.float32)).isfinite():
             return out
-    elif _dispatch.exporting():
+    elif exporting():
         return _over_tiles(q, k, v, groups, attend)
     sound = (k.isfinite() & v.isfinite()).all(-1)
     out = _over_tiles(q, *(torch.where(sound[..., None], t, 0) for t in (k, v)), groups, attend)
@@ -124,8 +124,8 @@ def _over_tiles(
 
     parts, order = [], []
     for group in groups:
-        queries, _ = _tiles.positions(group, q.shape[1:3], (1, 1), q.device)
-        _, keys = _tiles.positions(group, k.shape[1:3], (1, 1), q.device)
+        queries, _ = positions(group, q.shape[1:3], (1, 1), q.device)
+        _, keys = positions(group, k.shape[1:3], (1, 1), q.device)
         out = attend(
             group, tiles(q, queries, group.queries), tiles(k, keys, group.keys), tiles(v, keys, group.keys)
         ).transpose(1, 2)

@@ -8,7 +8,7 @@ from timm.layers import is_exportable, is_scriptable, register_notrace_module, t
 from torch import Tensor, nn
 
 from visionattn.blocks import Linear
-from visionattn.kernels import _dispatch, neighborhood_attention
+from visionattn.kernels import exporting, neighborhood_attention, neighborhood_attention_plain
 
 __all__ = ["NeighborhoodAttention"]
 
@@ -118,57 +118,21 @@ class NeighborhoodAttention(nn.Module):
         if self.position == "rope":
             cos, sin = _rotation(x.shape[1:-1], self.head_dim, self.rope_theta, q)
             q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-        if torch.jit.is_scripting() or self.plain or (self.training and self.attn_drop.p > 0.0):
-            y = self._plain(q, k, v, kernel_size, dilation, rpb)
+        drop = self.attn_drop.p if self.training else 0.0
+        if torch.jit.is_scripting() or self.plain or drop > 0.0:
+            y = neighborhood_attention_plain(q, k, v, kernel_size, dilation, rpb, self.is_causal, self.scale, drop)
         else:
             y = self._fused(q, k, v, kernel_size, dilation, rpb)
         y = y.flatten(-2)
         if self.small_maps == "pad":
-            for axis in range(len(spatial)):
-                y = y.narrow(axis + 1, 0, spatial[axis])
+            y = self._crop(y, spatial)
         return self.proj_drop(self.proj(y))
 
     @torch.jit.unused
     def _fused(
         self, q: Tensor, k: Tensor, v: Tensor, kernel_size: list[int], dilation: list[int], rpb: Tensor | None
     ) -> Tensor:
-        if _dispatch.exporting():
-            return self._plain(q, k, v, kernel_size, dilation, rpb)
         return neighborhood_attention(q, k, v, kernel_size, dilation, rpb, self.is_causal, self.scale)
-
-    def _plain(
-        self, q: Tensor, k: Tensor, v: Tensor, kernel_size: list[int], dilation: list[int], rpb: Tensor | None
-    ) -> Tensor:
-        """Plain operators that keep explicit attention weights and leave all sizes dynamic.
-
-        A line is a row of the map's last axis. Every line gathers the lines its windows lie in, then attends to them
-        under a mask: much faster than one gather per position, and without logits between all positions.
-        """
-        spatial = q.shape[1:-2]
-        last = len(kernel_size) - 1
-        lines = torch.zeros(1, 1, dtype=torch.long, device=q.device)
-        offsets = lines
-        seen = lines == 0
-        for i in range(last):
-            L, K, d, causal = spatial[i], kernel_size[i], dilation[i], self.is_causal[i]
-            rank, residue, start = _ranks(L, K, d, causal, q.device)
-            keys = (start[:, None] + torch.arange(K, device=q.device)) * d + residue[:, None]  # L K
-            offset, inside = _seen(keys, rank, residue, start, K, d, causal)
-            lines = (lines[:, None, :, None] * L + keys[:, None]).flatten(2).flatten(0, 1)
-            offsets = (offsets[:, None, :, None] * (2 * K - 1) + offset[:, None]).flatten(2).flatten(0, 1)
-            seen = (seen[:, None, :, None] & inside[:, None]).flatten(2).flatten(0, 1)  # M lines, R of them seen
-        L, K, d, causal = spatial[last], kernel_size[last], dilation[last], self.is_causal[last]
-        rank, residue, start = _ranks(L, K, d, causal, q.device)
-        offset, inside = _seen(torch.arange(L, device=q.device)[None], rank, residue, start, K, d, causal)
-        shape = [q.shape[0], -1, L, self.num_heads, self.head_dim]
-        k, v = k.reshape(shape)[:, lines].flatten(2, 3), v.reshape(shape)[:, lines].flatten(2, 3)  # B M R*L h D
-        logits = torch.einsum("bmqhd,bmkhd->bhmqk", q.reshape(shape) * self.scale, k)
-        if rpb is not None:
-            bias = rpb.reshape(self.num_heads, -1, 2 * K - 1)[:, offsets][:, :, :, offset]  # h M R L L
-            logits = logits + bias.transpose(2, 3).flatten(-2)
-        mask = (seen[:, None, :, None] & inside[None, :, None, :]).flatten(-2)  # M L R*L
-        weights = self.attn_drop(logits.masked_fill(~mask, -float("inf")).softmax(-1))
-        return torch.einsum("bhmqk,bmkhd->bmqhd", weights.to(v.dtype), v).reshape(q.shape)
 
     def _pad(self, x: Tensor) -> Tensor:
         pads = [0, 0]
@@ -179,11 +143,26 @@ class NeighborhoodAttention(nn.Module):
                 missing = max(needed - L, 0)
                 short = short or missing > 0
             else:
-                exporting = _dispatch.exporting()  # where a comparison would fix the size
-                missing = torch.sym_max(needed - L, 0) if exporting else max(needed - L, 0)
-                short = short or exporting or missing > 0
+                exported = exporting()  # where a comparison would fix the size
+                missing = torch.sym_max(needed - L, 0) if exported else max(needed - L, 0)
+                short = short or exported or missing > 0
             pads += [0, missing]
         return F.pad(x, pads) if short else x
+
+    def _crop(self, y: Tensor, spatial: list[int]) -> Tensor:
+        if torch.jit.is_scripting():
+            for i in range(len(spatial)):
+                y = y.narrow(i + 1, 0, spatial[i])
+        else:
+            copied = exporting()  # there, a view would ask whether it is contiguous, which fixes the size
+            for i in range(len(spatial)):
+                length = spatial[i]
+                y = (
+                    y.index_select(i + 1, torch.arange(length, device=y.device))
+                    if copied
+                    else y.narrow(i + 1, 0, length)
+                )
+        return y
 
     def _window(self, spatial: list[int]) -> tuple[list[int], list[int], Tensor | None]:
         """Window sides, dilations and bias table for a map of this size."""
@@ -209,28 +188,6 @@ def _per_axis(name: str, value: int | Sequence[int], axes: int) -> list[int]:
     if len(values) != axes or not all(isinstance(v, int) for v in values):
         raise ValueError(f"{name} must be one value or {axes}, one per spatial axis, got {value!r}")
     return values
-
-
-def _ranks(L: int, K: int, d: int, causal: bool, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Of every position of an axis: rank and residue modulo the dilation, and the first rank that it sees. [L]"""
-    position = torch.arange(L, device=device)
-    rank, residue = position // d, position % d
-    if causal:
-        return rank, residue, (rank - (K - 1)).clamp(min=0)
-    count = (L - residue + d - 1) // d  # positions of this residue: they differ by one where d does not divide L
-    return rank, residue, torch.minimum((rank - K // 2).clamp(min=0), count - K)
-
-
-def _seen(
-    keys: Tensor, rank: Tensor, residue: Tensor, start: Tensor, K: int, d: int, causal: bool
-) -> tuple[Tensor, Tensor]:
-    """Of key positions [L or 1, M]: the index into the bias table, and whether they are in the window. [L, M]"""
-    slot = keys // d - start[:, None]
-    inside = (keys % d == residue[:, None]) & (slot >= 0) & (slot < K)
-    offset = keys // d - rank[:, None] + K - 1
-    if causal:
-        inside = inside & (offset < K)
-    return offset.clamp(0, 2 * K - 2), inside
 
 
 def _rotation(spatial: list[int], head_dim: int, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from visionattn.benchmark.runner import Candidate, Case, Workload
 from visionattn.kernels import depthwise_conv2d, gated_pointwise, neighborhood_attention
-from visionattn.kernels._windows import map_windows
+from visionattn.kernels.windows import map_windows
 
 __all__ = ["OPS", "SIZE_SETS", "OpBenchmark", "OpCase", "Size", "op_benchmark", "op_case", "parse_candidate"]
 

@@ -15,7 +15,10 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from visionattn.kernels.windows import first_seen, window_start
 
 # Measured on the CPU with head dim 32: a tile of n queries costs as much as n + 24 times the keys it sees, and another
 # group as much as some 7000 pairs of query and key.
@@ -52,14 +55,10 @@ class Group(NamedTuple):
     keys: int
 
 
-def _start(rank: int, length: int, window: int, causal: bool) -> int:
-    return max(0, rank - window + 1) if causal else max(0, min(rank - window // 2, length - window))
-
-
 def _run(first: int, tile: int, count: int, length: int, window: int, causal: bool) -> Run:
     last = first + tile - 1
-    first_key = _start(first, length, window, causal)
-    end = last + 1 if causal else _start(last, length, window, causal) + window
+    first_key = first_seen(first, length, window, causal)
+    end = last + 1 if causal else first_seen(last, length, window, causal) + window
     return Run(first, tile, count, first_key, end - first_key)
 
 
@@ -153,20 +152,39 @@ def positions(group: Group, spatial: Sequence[int], dilation: Sequence[int], dev
     return _flat(queries, spatial), _flat(keys, spatial)
 
 
-def offsets(axis: Axis, window: int, causal: bool, device: Any) -> Tensor:
-    """Index into an axis of the bias for every query and key of a tile; 2 * K - 1 where the query does not see the key.
+def offsets(axis: Axis, window: int, causal: bool, device: Any) -> tuple[Tensor, Tensor]:
+    """Index into an axis of the bias for every query and key of a tile, and whether the query sees the key.
 
-    [T, span]
+    [T, span] both
     """
     _, _, length, run = axis
     query = torch.arange(run.first, run.first + run.tile, device=device)[:, None]
     key = torch.arange(run.first_key, run.first_key + run.span, device=device)
-    if causal:
-        seen = (key <= query) & (key > query - window)
-    else:
-        start = (query - window // 2).clamp(0, length - window)
-        seen = (key >= start) & (key < start + window)
-    return torch.where(seen, key - query + window - 1, 2 * window - 1)
+    start = window_start(query, torch.full_like(query, length), window, causal)
+    return key - query + window - 1, (key >= start) & (key < start + window) & ((key <= query) | (not causal))
+
+
+def bias_index(group: Group, window: Sequence[int], causal: Sequence[bool], device: Any) -> Tensor:
+    """Flat index into the bias for every query and key of a tile; its size where the query does not see the key.
+
+    [queries * keys]
+    """
+    index = torch.zeros(1, 1, dtype=torch.long, device=device)
+    every = index == 0
+    for axis, K, c in zip(group.axes, window, causal, strict=True):
+        offset, seen = offsets(axis, K, c, device)
+        index = (index[:, None, :, None] * (2 * K - 1) + offset[:, None]).flatten(2).flatten(0, 1)
+        every = (every[:, None, :, None] & seen[:, None]).flatten(2).flatten(0, 1)
+    index = torch.where(every, index, math.prod(2 * K - 1 for K in window))
+    return index.flatten().to(torch.int32)  # half the memory to keep
+
+
+def sees_all(group: Group, window: Sequence[int], causal: Sequence[bool]) -> bool:
+    """Whether every query of a tile sees all its keys, so that there is nothing to mask."""
+    return all(
+        axis.run.tile == 1 or (axis.run.span == K and not c)
+        for axis, K, c in zip(group.axes, window, causal, strict=True)
+    )
 
 
 class Tables(NamedTuple):
@@ -176,13 +194,13 @@ class Tables(NamedTuple):
         queries: Flat map positions of the queries, group after group.
         keys: Those of the keys.
         inverse: Where the queries lie in that order. [N]
-        offsets: The flat :func:`offsets` of every distinct run, per axis.
+        bias: Those of their pairs in the bias, see :func:`bias_index`.
     """
 
     queries: tuple[Tensor, ...]
     keys: tuple[Tensor, ...]
     inverse: Tensor
-    offsets: tuple[dict[Axis, Tensor], ...]
+    bias: tuple[Tensor, ...]
 
 
 def tables(
@@ -196,13 +214,9 @@ def tables(
     """Make the index tensors of a plan."""
     index = [positions(group, spatial, dilation, device) for group in groups]
     queries, keys = zip(*index, strict=True)
-    every = []
-    for axis, (K, c) in enumerate(zip(window, causal, strict=True)):
-        distinct = dict.fromkeys(group.axes[axis] for group in groups)
-        every.append({a: offsets(a, K, c, device).flatten() for a in distinct})
     order = torch.cat(queries)
     inverse = order.scatter(0, order, torch.arange(order.numel(), device=device))
-    return Tables(queries, keys, inverse, tuple(every))
+    return Tables(queries, keys, inverse, tuple(bias_index(group, window, causal, device) for group in groups))
 
 
 @lru_cache(maxsize=64)
@@ -224,31 +238,19 @@ def tables_for(x: Tensor, *arguments: Any) -> Tables:
 
 
 def additive_masks(
-    bias: Tensor | None, groups: Sequence[Group], kept: Tables, window: Sequence[int], dtype: torch.dtype
+    bias: Tensor | None, groups: Sequence[Group], index: Sequence[Tensor], window: Sequence[int], dtype: torch.dtype
 ) -> list[Tensor]:
     """What is added to the logits of each group: the bias, and -inf where a query does not see a key.
 
     Returns:
         One per group. [h or 1, queries, keys]
     """
-    axes = len(window)
-    device = kept.inverse.device
     if bias is None:
-        bias = torch.zeros(1, *(2 * K - 1 for K in window), dtype=dtype, device=device)
+        bias = torch.zeros(1, math.prod(2 * K - 1 for K in window), dtype=dtype, device=index[0].device)
     elif bias.dtype in (torch.float16, torch.bfloat16):
         bias = bias.float()  # its gradient is a sum over many pairs
-    # One more slot per axis, that offsets of unseen keys point to.
-    bias = torch.nn.functional.pad(bias, (0, 1) * axes, value=-torch.inf)
-    found: dict[tuple[Axis, ...], Tensor] = {(): bias}
-    masks = []
-    for group in groups:
-        for axis in range(axes):  # the last axis first: what it takes is shared by the groups that differ before it
-            done = group.axes[axes - axis - 1 :]
-            if done not in found:
-                index = kept.offsets[axes - axis - 1][done[0]]
-                found[done] = found[done[1:]].index_select(axes - axis, index)
-        mask = found[group.axes]
-        sides = [side for a in group.axes for side in (a.run.tile, a.run.span)]
-        order = [0, *range(1, 2 * axes, 2), *range(2, 2 * axes + 1, 2)]
-        masks.append(mask.view(-1, *sides).permute(order).reshape(-1, group.queries, group.keys).to(dtype))
-    return masks
+    bias = F.pad(bias.flatten(1), (0, 1), value=-torch.inf)  # what the index of unseen pairs points to
+    return [
+        bias.index_select(1, i).view(-1, group.queries, group.keys).to(dtype)
+        for group, i in zip(groups, index, strict=True)
+    ]
