@@ -2,6 +2,7 @@
 
 from visionattn.attention.bilevel import BiLevelRoutingAttention, LePEAttention
 from visionattn.attention.flow import CrossFlowAttention, FlowAttention
+from visionattn.attention.hedgehog import HedgehogAttention, HedgehogFeatures
 from visionattn.attention.linear import (
     LinearAttention,
     MagnitudeAwareAttention,
@@ -12,6 +13,8 @@ from visionattn.attention.lka import LargeKernelAttention
 from visionattn.attention.local import CircularWindowAttention, HaloAttention
 from visionattn.attention.neighborhood import NeighborhoodAttention
 from visionattn.attention.softmax import SoftmaxAttention
+from visionattn.attention.softplus import SoftplusAttention
+from visionattn.attention.ssa import SelectiveAttention
 
 __all__ = [
     "BiLevelRoutingAttention",
@@ -20,11 +23,15 @@ __all__ = [
     "CrossFlowAttention",
     "FlowAttention",
     "HaloAttention",
+    "HedgehogAttention",
+    "HedgehogFeatures",
     "LargeKernelAttention",
     "LinearAttention",
     "MagnitudeAwareAttention",
     "NeighborhoodAttention",
     "RankAugmentedAttention",
     "RotaryAttention",
+    "SelectiveAttention",
     "SoftmaxAttention",
+    "SoftplusAttention",
 ]

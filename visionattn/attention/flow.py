@@ -4,6 +4,7 @@ import torch
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
+from visionattn.attention.softmax import SelfAttention
 from visionattn.blocks import Linear, in_slices
 from visionattn.kernels import flow_attention
 from visionattn.kernels.flow_attention import flow_attention_torch
@@ -12,7 +13,7 @@ __all__ = ["CrossFlowAttention", "FlowAttention"]
 
 
 @register_notrace_module  # how it runs depends on the tensor it gets
-class FlowAttention(nn.Module):
+class FlowAttention(SelfAttention):
     """``proj(flow_attention(q, k, v))`` of every position with all others (Flowformer, arXiv 2202.06258).
 
     Args:
@@ -40,32 +41,24 @@ class FlowAttention(nn.Module):
         device=None,
         dtype=None,
     ) -> None:
-        dd = {"device": device, "dtype": dtype}
-        super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"num_heads must divide dim = {dim}, got {num_heads}")
-        self.num_heads, self.causal, self.eps, self.flow_eps = num_heads, causal, eps, flow_eps
-        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias, **dd)
-        self.proj = Linear(dim, dim, **dd)
-        self.proj_drop = nn.Dropout(proj_drop)
+        super().__init__(dim, num_heads, qkv_bias, proj_drop, device=device, dtype=dtype)
+        self.causal, self.eps, self.flow_eps = causal, eps, flow_eps
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
-            return self._attend(x)
+            return self._mix(x)
         else:
             return self._sliced(x)
 
     @torch.jit.unused
     def _sliced(self, x: Tensor) -> Tensor:
-        return in_slices(self._attend, x, self.qkv.out_features, self.qkv.in_features)
+        return in_slices(self._mix, x, self.qkv.out_features, self.qkv.in_features)
 
-    def _attend(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x.flatten(1, -2)).unflatten(-1, [3, self.num_heads, -1]).unbind(2)  # each B N h D
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
-            y = flow_attention_torch(q, k, v, self.causal, self.eps, self.flow_eps)
+            return flow_attention_torch(q, k, v, self.causal, self.eps, self.flow_eps)
         else:
-            y = flow_attention(q, k, v, self.causal, self.eps, self.flow_eps)
-        return self.proj_drop(self.proj(y.reshape(x.shape)))
+            return flow_attention(q, k, v, self.causal, self.eps, self.flow_eps)
 
 
 @register_notrace_module

@@ -1,15 +1,18 @@
-"""Softmax attention of every position to every other: what the other mixers are compared with."""
+"""Softmax attention of every position to every other, and the frame it shares with its relatives.
+
+B batch, N positions, h heads, D head dim.
+"""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionattn.blocks import Linear
 
-__all__ = ["SoftmaxAttention"]
+__all__ = ["SelfAttention", "SoftmaxAttention"]
 
 
-class SoftmaxAttention(nn.Module):
-    """``proj(softmax(q k^T / sqrt(D)) v)`` over all positions of a map ("Attention Is All You Need", 1706.03762).
+class SelfAttention(nn.Module):
+    """The frame: ``proj(attend(q, k, v))`` on maps or sequences, with q, k and v from one projection.
 
     Args:
         dim: Channels. [B, ..., dim] in and out
@@ -26,7 +29,7 @@ class SoftmaxAttention(nn.Module):
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        if dim % num_heads:
+        if num_heads < 1 or dim % num_heads:
             raise ValueError(f"num_heads must divide dim = {dim}, got {num_heads}")
         self.num_heads = num_heads
         self.qkv = Linear(dim, 3 * dim, bias=qkv_bias, **dd)
@@ -34,6 +37,28 @@ class SoftmaxAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x.flatten(1, -2)).unflatten(-1, [3, self.num_heads, -1]).permute(2, 0, 3, 1, 4).unbind(0)
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)  # B N h D
-        return self.proj_drop(self.proj(y.reshape(x.shape)))
+        return self._mix(x)
+
+    def _mix(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(1, -2)
+        q, k, v = self.qkv(tokens).unflatten(-1, [3, self.num_heads, -1]).unbind(2)
+        return self.proj_drop(self.proj(self.attend(q, k, v, tokens).reshape(x.shape)))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
+        """Mix the values. [B, N, h, D] three times, and the input that they come from [B, N, dim]"""
+        raise NotImplementedError
+
+
+class SoftmaxAttention(SelfAttention):
+    """``proj(softmax(q k^T / sqrt(D)) v)``, what the other mixers are compared with (arXiv 1706.03762).
+
+    Args:
+        dim: Channels. [B, ..., dim] in and out
+        num_heads: Attention heads; they divide ``dim``.
+        qkv_bias: Whether the projection to queries, keys and values has a bias.
+        proj_drop: Dropout of the output.
+    """
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
+        y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return y.transpose(1, 2)
