@@ -2,11 +2,11 @@
 
 import timm
 
-from visionattn.backbones import anyvit, biformer, dinat, flowformer, mavit, nat, ravlt, van
+from visionattn.backbones import anyvit, biformer, dinat, flowformer, litv2, mavit, nat, ravlt, van
 
-__all__ = ["anyvit", "biformer", "dinat", "flowformer", "list_models", "mavit", "nat", "ravlt", "van"]
+__all__ = ["anyvit", "biformer", "dinat", "flowformer", "list_models", "litv2", "mavit", "nat", "ravlt", "van"]
 
-_MODULES = (anyvit, biformer, dinat, flowformer, mavit, nat, ravlt, van)
+_MODULES = (anyvit, biformer, dinat, flowformer, litv2, mavit, nat, ravlt, van)
 
 
 def list_models(filter: str = "", pretrained: bool = False) -> list[str]:

@@ -16,7 +16,7 @@ TOP = {"backbones", "kernels", "configs", "weights"}  # folders of the checkout 
 # Low to high: a module imports from its own layer and from lower ones.
 LAYERS = (
     {"kernels", "weights", "configs"},
-    {"blocks", "attention", "checkpoints", "patch_embed"},
+    {"blocks", "attention", "checkpoints", "patch_embed", "token_merging"},
     {"hub"},
     {"backbone", "isotropic", "natten"},
     {"backbones"},

@@ -4,12 +4,22 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, is_exportable, is_scriptable, register_notrace_module
+from timm.layers import DropPath, is_exportable, is_scriptable, register_notrace_function, register_notrace_module
 from torch import Tensor, nn
 
-from visionattn.kernels import depthwise_conv2d
+from visionattn.kernels import depthwise_conv2d, exporting
 
-__all__ = ["DepthwiseConv", "Linear", "Mlp", "PreNormBlock", "ScaledResidual", "in_slices", "to_channels_last"]
+__all__ = [
+    "DepthwiseConv",
+    "Linear",
+    "Mlp",
+    "PreNormBlock",
+    "ScaledResidual",
+    "crop",
+    "in_slices",
+    "pad_to_multiple",
+    "to_channels_last",
+]
 
 # A share of the third-level cache. Measured on VAN at 224 px, batch 8, two threads: 1.8 times (B0) and 1.4 times (B2)
 # the speed of whole batches, whose maps above 32 MiB the allocator returns to the system after every operator and gets
@@ -23,6 +33,30 @@ def to_channels_last(x: Tensor) -> Tensor:
     Written with ``permute``, which ``torch.func.vmap`` knows, unlike ``contiguous(memory_format=...)``.
     """
     return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
+@register_notrace_function  # whether it pads depends on the size
+def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+    """Zeros after the last row and column, so that ``multiple`` divides the sides of the map. [B, H, W, C]"""
+    bottom = (x.shape[1] + multiple - 1) // multiple * multiple - x.shape[1]
+    right = (x.shape[2] + multiple - 1) // multiple * multiple - x.shape[2]
+    if torch.jit.is_scripting():
+        needed = bottom + right > 0
+    else:
+        # A comparison would fix the size of a map in an exported graph.
+        needed = multiple > 1 and (exporting() or bottom + right > 0)
+    return F.pad(x, [0, 0, 0, right, 0, bottom]) if needed else x
+
+
+@register_notrace_function
+def crop(x: Tensor, height: int, width: int) -> Tensor:
+    """The first rows and columns of a map. [B, H, W, C]"""
+    if not torch.jit.is_scripting():
+        if exporting():
+            # The strides of a slice depend on whether it leaves anything out, which would fix the size.
+            rows, columns = (torch.arange(n, device=x.device) for n in (height, width))
+            return x.index_select(1, rows).index_select(2, columns)
+    return x[:, :height, :width]
 
 
 def in_slices(branch: Callable[[Tensor], Tensor], x: Tensor, widest: int, channels: int | None = None) -> Tensor:

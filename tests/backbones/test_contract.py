@@ -28,6 +28,7 @@ SMALL = {
         embed_dim=8, depths=(1, 2, 1, 1), num_heads=(1, 2, 2, 2), kernel_size=3, dilations=((4,), (1, 4), (2,), (1,))
     ),
     "flowformer": dict(img_size=64, embed_dims=(8, 12, 16, 20), depths=(1, 1, 2, 1), num_heads=2, mlp_ratio=2),
+    "litv2_small": dict(embed_dim=8, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 4), alpha=0.5, drop_path_rate=0.1),
     "mavit_t": dict(embed_dims=(8, 8, 16, 16), depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 2), mlp_ratio=2, head_width=24),
     "nat_small": dict(embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 2), kernel_size=3, drop_path_rate=0.1),
     "ravlt_t": dict(
@@ -38,9 +39,11 @@ SMALL = {
 # Any image size, but not given as a range: of linear layers on maps and a padding to whole windows torch.export would
 # have to prove that 2 % (2 * ((H - 1) // 4 + 1)) is not 0, which it cannot.
 EXPORTED_WITHOUT_RANGE = {"dinat_small", "nat_small"}
+if torch.__version__ < "2.12":  # which takes more of a tensor's strides into an exported graph
+    EXPORTED_WITHOUT_RANGE.add("litv2_small")
 # Smallest side of an exported graph: unpadded convolutions leave one position of 63 pixels, and a size that may be one
 # is no symbol for torch.export.
-EXPORTED_FROM = {"flowformer": 64}
+EXPORTED_FROM = {"flowformer": 64, "litv2_small": 64}
 SIZE = 64
 
 

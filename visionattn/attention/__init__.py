@@ -3,6 +3,7 @@
 from visionattn.attention.bilevel import BiLevelRoutingAttention, LePEAttention
 from visionattn.attention.flow import CrossFlowAttention, FlowAttention
 from visionattn.attention.hedgehog import HedgehogAttention, HedgehogFeatures
+from visionattn.attention.hilo import HiLoAttention, hilo_attention
 from visionattn.attention.linear import (
     LinearAttention,
     MagnitudeAwareAttention,
@@ -25,6 +26,7 @@ __all__ = [
     "HaloAttention",
     "HedgehogAttention",
     "HedgehogFeatures",
+    "HiLoAttention",
     "LargeKernelAttention",
     "LinearAttention",
     "MagnitudeAwareAttention",
@@ -34,4 +36,5 @@ __all__ = [
     "SelectiveAttention",
     "SoftmaxAttention",
     "SoftplusAttention",
+    "hilo_attention",
 ]
