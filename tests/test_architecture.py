@@ -18,7 +18,7 @@ LAYERS = (
     {"kernels", "weights", "configs"},
     {"blocks", "attention", "checkpoints", "patch_embed", "token_merging"},
     {"hub"},
-    {"backbone", "isotropic", "natten"},
+    {"backbone", "features", "isotropic", "natten"},
     {"backbones"},
     {"train", "benchmark"},
 )

@@ -36,7 +36,8 @@ def test_every_configuration_prints_and_is_short(config, capsys):
     with pytest.raises(SystemExit) as exit:
         run(["fit", "-c", str(config), *data, "--print_config"])
     assert not exit.value.code
-    assert yaml.safe_load(capsys.readouterr().out)["model"]["class_path"].endswith("Classification")
+    task = {"segment": "Segmentation", "detect": "Detection"}.get(config.parent.name, "Classification")
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["class_path"].endswith(task)
 
 
 @pytest.mark.parametrize("name", ["van_b0", "van_b2"])

@@ -10,10 +10,12 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.throughput import _plugin_to_compute_dtype
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ThroughputMonitor, WeightAveraging
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from visionattn.train.errors import UserError
 from visionattn.train.flops import peak_flops
+from visionattn.train.overlays import stacked, to_pil
 from visionattn.train.weights import export_weights
 
 
@@ -74,6 +76,23 @@ class Throughput(ThroughputMonitor):
                 throughput.available_flops = self.available_flops
 
 
+class BestCheckpoints(ModelCheckpoint):
+    """Keeps the checkpoints with the highest value of the task's metric: ``val/acc1``, ``val/mIoU`` or ``val/AP``.
+
+    Args:
+        save_top_k: How many.
+    """
+
+    def __init__(self, save_top_k: int = 3) -> None:
+        # The metric's name has a "/", which would make folders if it were inserted.
+        super().__init__(monitor="of the task", mode="max", save_top_k=save_top_k, auto_insert_metric_name=False)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.monitor = pl_module.monitor
+        self.filename = f"epoch{{epoch:03d}}-{pl_module.label}{{{self.monitor}:.2f}}"
+        super().setup(trainer, pl_module, stage)
+
+
 class LastCheckpoint(ModelCheckpoint):
     """Keeps ``last.ckpt`` of the latest epoch; ``save_last`` of a monitored checkpoint leaves out unsuccessful ones."""
 
@@ -103,11 +122,52 @@ class EpochLines(Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
-            shown = {"train/loss_epoch": "loss {:.4f}", "val/loss": "val loss {:.4f}", "val/acc1": "val top-1 {:.2f} %"}
+            shown = {"train/loss_epoch": "loss {:.4f}", **pl_module.summary}
             metrics = trainer.callback_metrics
             parts = [text.format(metrics[name]) for name, text in shown.items() if name in metrics]
             seconds = f"{time.perf_counter() - self.start:.1f} s"
-            print(", ".join([f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", *parts, seconds]), flush=True)
+            epoch = f"epoch {trainer.current_epoch + 1}"
+            epoch += f"/{trainer.max_epochs}" if trainer.max_epochs != -1 else f", step {trainer.global_step}"
+            print(", ".join([epoch, *parts, seconds]), flush=True)
+
+
+class Pictures(Callback):
+    """Writes ``pictures/epochNNN.png``: validation images with their targets and with what the task predicts.
+
+    Only tasks that return predictions from their validation step, those for segmentation and detection, have any.
+
+    Args:
+        count: Images to show, the first of the validation set.
+    """
+
+    def __init__(self, count: int = 6) -> None:
+        self.count, self.rows = count, []
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if outputs is None or not trainer.is_global_zero or trainer.sanity_checking:
+            return
+        for image, target, prediction in zip(batch.images, batch.targets, outputs, strict=True):
+            if len(self.rows) < self.count:
+                self.rows.append(pl_module.picture(image, target, prediction))
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self.rows:
+            return
+        picture, self.rows = stacked(self.rows), []
+        path = Path(trainer.default_root_dir, "pictures", f"epoch{trainer.current_epoch:03d}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        to_pil(picture).save(path)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image("val/pictures", picture, trainer.global_step)
 
 
 def best_checkpoint(trainer: pl.Trainer) -> str | None:

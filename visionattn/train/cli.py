@@ -21,9 +21,12 @@ import visionattn  # noqa: F401  (registers our models)
 import visionattn.train.data  # noqa: F401  (the short names of its classes work on the command line)
 from visionattn.train.callbacks import EpochLines, ExportWeights, best_checkpoint, check_disk
 from visionattn.train.classify import Classification
-from visionattn.train.data.base import ClassificationData
+from visionattn.train.data.base import Data
+from visionattn.train.detect import Detection
 from visionattn.train.errors import UserError, one_line, some
 from visionattn.train.predict import add_arguments, predict
+from visionattn.train.segment import Segmentation
+from visionattn.train.task import Task
 from visionattn.train.weights import CARD, read_checkpoint
 
 DEFAULTS = importlib.resources.files("visionattn.configs") / "trainer" / "default.yaml"
@@ -33,6 +36,10 @@ DEFAULTS = importlib.resources.files("visionattn.configs") / "trainer" / "defaul
 FIT_ONLY = (ModelCheckpoint, WeightAveraging, ThroughputMonitor, ExportWeights, LearningRateMonitor)
 # Settings that a checkpoint leaves open: they change how a run computes, not what.
 FREE_ON_RESUME = {"pretrained", "weights", "reset_head", "compile", "channels_last"}
+# What the weights were made for.
+ARCHITECTURE = {"name", "model_args", "backbone_args", "head", "head_args", "detector", "detector_args"}
+# By what a checkpoint says about itself.
+TASKS = {None: Classification, "segment": Segmentation, "detect": Detection}
 
 
 class Parser(LightningArgumentParser):
@@ -54,8 +61,8 @@ class CLI(LightningCLI):
     def __init__(self, args: list[str] | None = None) -> None:
         self.arguments = sys.argv[1:] if args is None else args
         super().__init__(
-            model_class=Classification,
-            datamodule_class=ClassificationData,
+            model_class=Task,
+            datamodule_class=Data,
             subclass_mode_model=True,
             subclass_mode_data=True,
             parser_class=Parser,
@@ -72,14 +79,16 @@ class CLI(LightningCLI):
         parser.add_argument(
             "--out", type=str | None, default=None, help="Folder of the run; runs/MODEL-1, -2, ... if not given."
         )
-        parser.set_defaults({"model": {"class_path": "visionattn.train.classify.Classification"}})
+        parser.set_defaults({"model": {"class_path": class_path(Classification)}})
         parser.link_arguments("model.init_args.name", "data.init_args.model")
         parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         if subcommand != "predict":
             return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        parser = self.init_parser(description="Classify image files with a trained or published model.")
+        parser = self.init_parser(
+            description="Predict on image files with a trained model, or classify with a published one."
+        )
         self._subcommand_method_arguments[subcommand] = add_arguments(parser)
         return parser
 
@@ -99,10 +108,14 @@ class CLI(LightningCLI):
         trained = {k: v for k, v in self.checkpoint.get("hyper_parameters", {}).items() if not k.startswith("_")}
         trained.pop("num_classes", None)  # follows from the data
         place = self.arguments.index(subcommand) + 1
-        arguments = [*self.arguments[:place], "--model=Classification", *self.arguments[place:]]  # it is required
+        task = class_path(TASKS[(self.checkpoint.get(CARD) or {}).get("task")])
+        arguments = [*self.arguments[:place], f"--model={task}", *self.arguments[place:]]  # it is required
         asked = self.parser.parse_args(arguments, defaults=False)[subcommand]
+        if asked.model.class_path != task:
+            raise UserError(f"{path} is of {task}: leave --model out, or name this one")
+        config["model"]["class_path"] = task
         asked, asked_data = (dict(asked.get(f"{part}.init_args") or {}) for part in ("model", "data"))
-        binding = trained.keys() - FREE_ON_RESUME if subcommand == "fit" else {"name", "model_args"}
+        binding = trained.keys() - FREE_ON_RESUME if subcommand == "fit" else ARCHITECTURE
         differ = [k for k in asked if k in binding and k in trained and asked[k] != trained[k]]
         if differ:
             differences = some((f"model.{key} is {asked[key]!r}, was {trained[key]!r}" for key in differ), 5)
@@ -111,7 +124,7 @@ class CLI(LightningCLI):
                 f"start a new run from its weights: --model.weights {path} instead of --ckpt_path"
             )
         fresh = {"weights": None, "pretrained": False, "reset_head": False}  # the checkpoint has the weights
-        config["model"]["init_args"].update(Namespace(**(trained | asked | fresh)))
+        config["model"]["init_args"] = Namespace(**(trained | asked | fresh))
         if (data := config.get("data.init_args")) and (card := self.checkpoint.get(CARD)):
             known = card["preprocess"] | {"model": card["name"], "img_size": card["preprocess"]["input_size"][-1]}
             data.update(Namespace(**{k: v for k, v in known.items() if k in data and k not in asked_data}))
@@ -185,8 +198,7 @@ class CLI(LightningCLI):
             print(f"best checkpoint: {best}\nnext: {python()} train.py predict --ckpt {best} IMAGE_OR_FOLDER")
 
     def _check(self, splits: list[str]) -> None:
-        if self.model.mixup is not None and "train" in splits and self.datamodule.batch_size % 2:
-            raise UserError(f"Mixup pairs images up, but data.batch_size is {self.datamodule.batch_size}: make it even")
+        self.model.check(self.datamodule, splits)
         card = (self.checkpoint or {}).get(CARD)
         if card and card["class_names"] != list(self.datamodule.class_names):
             raise UserError(
@@ -195,6 +207,11 @@ class CLI(LightningCLI):
             )
         if rank_zero_only.rank == 0:
             self.datamodule.check(splits)
+
+
+def class_path(task: type) -> str:
+    """The import path of a task, as configurations write it."""
+    return f"{task.__module__}.{task.__qualname__}"
 
 
 def python() -> str:
@@ -244,7 +261,7 @@ def run(args: list[str] | None = None) -> CLI:
         ".*does not have many workers",
         ".*number of training batches .* is smaller than the logging interval",
         ".*Grad strides do not match bucket view strides",  # of 1x1 convolutions in channels-last
-        ".*your dataloader is not resumable",  # ours is, see ClassificationData.state_dict
+        ".*your dataloader is not resumable",  # ours is, see Data.state_dict
         ".*callbacks used to create the checkpoint need to be provided",
         r".*isinstance\(treespec, LeafSpec\)",
     ):

@@ -1,6 +1,7 @@
 """Parameter groups whose learning rates are final, and the schedule that scales them step by step."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from timm.optim import create_optimizer_v2
@@ -45,10 +46,36 @@ def warmup_cosine(
         end: Last learning rate, relative to the peak.
     """
 
+    def cosine(step: int) -> float:
+        return end + (1 - end) * (1 + math.cos(math.pi * _progress(step, warmup_steps, total_steps))) / 2
+
+    return _warmup(optimizer, warmup_steps, start, cosine)
+
+
+def warmup_poly(
+    optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int, start: float, end: float, power: float
+) -> LambdaLR:
+    """Linear warm-up, then a polynomial; arguments as those of :func:`warmup_cosine`, and its exponent ``power``."""
+
+    def poly(step: int) -> float:
+        return end + (1 - end) * (1 - _progress(step, warmup_steps, total_steps)) ** power
+
+    return _warmup(optimizer, warmup_steps, start, poly)
+
+
+def warmup_step_decay(
+    optimizer: torch.optim.Optimizer, warmup_steps: int, milestones: list[int], start: float
+) -> LambdaLR:
+    """Linear warm-up, then a tenth at each of the steps ``milestones``; other arguments as :func:`warmup_cosine`."""
+    return _warmup(optimizer, warmup_steps, start, lambda step: 0.1 ** sum(step >= n for n in milestones))
+
+
+def _progress(step: int, warmup_steps: int, total_steps: int) -> float:
+    return min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+
+
+def _warmup(optimizer: torch.optim.Optimizer, steps: int, start: float, then: Callable[[int], float]) -> LambdaLR:
     def factor(step: int) -> float:
-        if step < warmup_steps:
-            return start + (1 - start) * step / warmup_steps
-        progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-        return end + (1 - end) * (1 + math.cos(math.pi * progress)) / 2
+        return start + (1 - start) * step / steps if step < steps else then(step)
 
     return LambdaLR(optimizer, factor)

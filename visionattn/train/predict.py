@@ -1,4 +1,4 @@
-"""Classify image files with a checkpoint of a run, or with published weights."""
+"""Predict on image files with a checkpoint of a run of any task, or classify with published weights."""
 
 import concurrent.futures
 import csv
@@ -32,36 +32,46 @@ def predict(
     ckpt: str | None = None,
     model: str | None = None,
     topk: int = 5,
-    output: str = "predictions.json",
+    output: str | None = None,
     batch_size: int = 32,
     device: str = "auto",
+    threshold: float = 0.5,
 ) -> list[dict[str, Any]]:
-    """Print the most likely classes of each image as a table and write them to a file.
+    """Print the most likely classes of each image and write them to a file; draw what a segmenter or detector finds.
 
     Args:
         images: Image files, or folders of them.
         ckpt: A checkpoint or ``model.safetensors`` that ``train.py`` wrote.
         model: Instead: a timm model, with its published weights.
         topk: Classes to name for each image.
-        output: File to write, ``.json`` or ``.csv``.
-        batch_size: Images at a time.
+        output: File to write, ``.json`` or ``.csv``, predictions.json if not given. Segmentation and detection write
+            pictures and a JSON file into a folder instead, predictions if not given.
+        batch_size: Images at a time, in classification.
         device: ``cpu``, ``cuda``, ...; ``auto`` takes a GPU if there is one.
+        threshold: Least score of the objects that detection draws and writes.
 
     Returns:
-        One entry per readable image: its ``file`` and ``classes``, a list of ``label`` and ``probability``.
+        One entry per readable image: its ``file`` and ``classes``, a list of ``label`` and ``probability``; for the
+        other tasks see :mod:`visionattn.train.dense.predict`.
 
     Raises:
         UserError: For anything the user can fix.
     """
     if bool(ckpt) == bool(model):
         raise UserError("say what to predict with: --ckpt FILE, or --model NAME for published weights")
+    card = read_card(ckpt) if ckpt else {}
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if card.get("task"):
+        from visionattn.train.dense.predict import predict_dense
+
+        return predict_dense(find_images(images), images, ckpt, card, output or "predictions", device, threshold)
+    output = output or "predictions.json"
     if Path(output).suffix not in (".json", ".csv"):
         raise UserError(f"cannot write {output}: choose a name that ends in .json or .csv")
     if topk < 1 or batch_size < 1:
         raise UserError("--topk and --batch_size must be at least 1")
     files = find_images(images)
     net, transform, labels = load(ckpt, model)
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     net.eval().to(device)
 
     results, bad = [], []

@@ -1,4 +1,4 @@
-"""What the data of every classification run share: loaders, checks, and what a model must know about its images."""
+"""What the data of every run share: loaders, checks, and what a model must know about its images."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,14 +11,14 @@ from visionattn.train.data.sampling import EpochSampler, Samples, Stream, global
 from visionattn.train.errors import UserError
 
 
-class ClassificationData(pl.LightningDataModule):
+class Data(pl.LightningDataModule):
     """Base of the data modules; a subclass fills the three attributes and ``dataset``.
 
     Attributes:
         num_classes: Number of classes; the model takes it over.
         class_names: One name per class.
-        preprocess: Arguments of ``timm.data.create_transform`` for inference. A checkpoint carries both of these,
-            so that it can predict by itself.
+        preprocess: What inference does to an image; for classification the arguments of
+            ``timm.data.create_transform``. A checkpoint carries both of these, so that it can predict by itself.
 
     Args:
         batch_size: Images per step and process.
@@ -47,6 +47,18 @@ class ClassificationData(pl.LightningDataModule):
 
     def check(self, splits: list[str]) -> None:
         """Look for damaged data before any work starts; raises ``UserError``."""
+
+    def card(self) -> dict[str, Any]:
+        """What a checkpoint must know about the data to predict."""
+        return dict(class_names=list(self.class_names), preprocess=dict(self.preprocess))
+
+    def samples(self, dataset: Any, name: Callable[[int], str], training: bool) -> Samples:
+        """The data set with seeded augmentation, and with unreadable images handled."""
+        return Samples(dataset, name, training)
+
+    def collate(self, training: bool) -> Callable | None:
+        """What makes a batch of entries; None for the usual stacking."""
+        return None
 
     def state_dict(self) -> dict[str, int]:
         """Where training is: the epoch, and how many of its batches are done."""
@@ -86,4 +98,6 @@ class ClassificationData(pl.LightningDataModule):
         # Smaller sets than a batch are used whole; otherwise every step has the full batch, as schedules assume.
         full_batches = training and len(dataset) >= batch_size * world
         sampler = EpochSampler(dataset, world, rank, shuffle=training, seed=global_seed())
-        return DataLoader(Samples(dataset, name, training), sampler=sampler, drop_last=full_batches, **common)
+        samples = self.samples(dataset, name, training)
+        common["collate_fn"] = self.collate(training)
+        return DataLoader(samples, sampler=sampler, drop_last=full_batches, **common)

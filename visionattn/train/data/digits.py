@@ -5,7 +5,7 @@ from PIL import Image
 from timm.data import create_transform
 from torchvision import transforms
 
-from visionattn.train.data.base import ClassificationData
+from visionattn.train.data.base import Data
 
 
 class DigitImages:
@@ -23,7 +23,7 @@ class DigitImages:
         return self.transform(self.images[index]), int(self.targets[index])
 
 
-class Digits(ClassificationData):
+class Digits(Data):
     """1,797 handwritten digits from scikit-learn: 1,437 to train on, 360 to validate and test, always the same ones.
 
     Args:

@@ -11,7 +11,7 @@ from timm.data import create_dataset, create_transform, resolve_data_config
 from timm.data.readers.img_extensions import get_img_extensions
 from timm.utils.misc import natural_key
 
-from visionattn.train.data.base import ClassificationData
+from visionattn.train.data.base import Data
 from visionattn.train.data.sampling import UNREADABLE
 from visionattn.train.data.transforms import train_transform
 from visionattn.train.errors import UserError, check_model_name, one_line, some
@@ -19,7 +19,7 @@ from visionattn.train.errors import UserError, check_model_name, one_line, some
 FOLDERS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "eval"), "test": ("test",)}
 
 
-class Images(ClassificationData):
+class Images(Data):
     """Images that ``timm.data.create_dataset`` reads; a folder holds ``train/CLASS/*.jpg`` and ``val/CLASS/*.jpg``.
 
     Size, normalisation, interpolation and crop follow the model's published ones unless given.

@@ -90,7 +90,7 @@ class Samples(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: Key) -> tuple[torch.Tensor, int, int]:
+    def __getitem__(self, key: Key) -> tuple:
         with isolate_rng(include_cuda=False):
             seed_random(*key.seed)
             for attempt in range(len(self)):
@@ -100,18 +100,23 @@ class Samples(Dataset):
                 except UNREADABLE as error:
                     self._report(index, error)
                     if not self.training:
-                        return self._blank(), IGNORED, int(key.counts)
+                        return self.blank(index, key.counts)
                 else:
-                    return image, int(target) if key.counts else IGNORED, int(attempt > 0)
+                    return self.entry(image, target, index, key.counts, attempt > 0)
         raise RuntimeError("not one image of the data set can be read")
+
+    def entry(self, image: torch.Tensor, target: Any, index: int, counts: bool, replaced: bool) -> tuple:
+        """One entry of a batch."""
+        return image, int(target) if counts else IGNORED, int(replaced)
+
+    def blank(self, index: int, counts: bool) -> tuple:
+        """The entry in place of an unreadable image that is not replaced."""
+        return torch.zeros_like(next(image for image in self._readable())), IGNORED, int(counts)
 
     def _report(self, index: int, error: Exception) -> None:
         if index not in self.reported:
             self.reported.add(index)
             print(f"warning: skipped unreadable image {self.name(index)} ({error})", file=sys.stderr, flush=True)
-
-    def _blank(self) -> torch.Tensor:
-        return torch.zeros_like(next(image for image in self._readable()))
 
     def _readable(self) -> Iterator[torch.Tensor]:
         for index in range(len(self)):

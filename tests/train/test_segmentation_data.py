@@ -1,0 +1,183 @@
+"""Segmentation data sets in files: their layouts, their joint transforms, and what is wrong with them."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import tv_tensors
+
+from tests.train.dense_data import MASKS, folders, save
+from visionattn.train.data import Masks
+from visionattn.train.data.joint import IGNORE, RandomScaleCrop, eval_image, eval_size
+from visionattn.train.data.layouts import voc_palette
+from visionattn.train.errors import UserError
+
+
+def masks(root, **arguments):
+    return Masks(root=str(root), **({"img_size": 32, "batch_size": 2, "num_workers": 0} | arguments))
+
+
+@pytest.mark.parametrize("layout, classes", [("folders", 11), ("ade20k", 150), ("cityscapes", 19), ("voc", 21)])
+def test_every_layout_is_read(tmp_path, layout, classes):
+    data = masks(MASKS[layout](tmp_path), layout=layout)
+    data.check(["train", "val"])
+    assert data.num_classes == len(data.class_names) == len(data.palette) == classes
+    batch = next(iter(data.train_dataloader()))
+    assert batch.images.shape == (2, 3, 32, 32) and batch.targets.shape == (2, 32, 32)
+    image, target = data.dataset("val")[0][0]
+    assert image.shape == (3, 32, 32) and target.shape == (64, 64)  # class maps keep their size
+    values = set(target.unique().tolist())
+    assert values <= {*range(classes), IGNORE} and len(values) > 1
+    assert data.image_names(batch.indices, True)[0].startswith(str(tmp_path))
+
+
+def test_values_become_the_classes_of_the_layout(tmp_path):
+    ade = masks(MASKS["ade20k"](tmp_path / "a"), layout="ade20k").dataset("val")[0]
+    values = np.array(Image.open(ade.pairs[0][1]))
+    target = ade[0][1].numpy()
+    assert (target[values == 0] == IGNORE).all() and (target[values == 13] == 12).all()
+    city = masks(MASKS["cityscapes"](tmp_path / "c"), layout="cityscapes").dataset("val")[0]
+    values, target = np.array(Image.open(city.pairs[0][1])), city[0][1].numpy()
+    assert (target[values == 1] == IGNORE).all()
+    assert all((target[values == i] == n).all() for n, i in enumerate((7, 8, 11, 12, 13, 17)))
+
+
+def test_class_names_come_with_ade20k(tmp_path):
+    root = MASKS["ade20k"](tmp_path)
+    rows = ["Idx\tRatio\tTrain\tVal\tStuff\tName"] + [f"{n}\t0.1\t1\t1\t0\tthing{n}, other" for n in range(1, 151)]
+    (root / "objectInfo150.txt").write_text("\n".join(rows))
+    assert masks(root, layout="ade20k").class_names[:2] == ["thing1", "thing2"]
+
+
+def test_colours_are_those_of_voc():
+    assert voc_palette(4) == [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0)]
+    assert len(set(voc_palette(150))) == 150
+
+
+def crop(image, classes, **arguments):
+    settings = dict(size=32, short_side=64, scale=(0.5, 2.0), most=1.0) | arguments
+    return RandomScaleCrop(**settings)(tv_tensors.Image(image), tv_tensors.Mask(classes))
+
+
+@pytest.mark.parametrize("size", [(64, 64), (50, 90), (200, 40), (9, 300)])
+@pytest.mark.parametrize("seed", range(4))
+def test_image_and_class_map_are_cropped_together(size, seed):
+    torch.manual_seed(seed)
+    classes = (torch.arange(size[0])[:, None] // 16 + torch.arange(size[1]) // 16) % 2
+    image = (classes * 200).expand(3, -1, -1)
+    image, classes = crop(image.to(torch.uint8), classes.to(torch.uint8))
+    assert image.shape == (3, 32, 32) and classes.shape == (32, 32)
+    inside = classes != IGNORE
+    agree = ((image[0] > 100) == (classes == 1))[inside].float().mean()
+    assert agree > 0.8  # but for the smoothing at borders
+    assert (image[:, ~inside] == 124).all()
+
+
+def test_a_crop_at_scale_one_is_a_part_of_the_image():
+    image = torch.randint(0, 255, (3, 64, 80), dtype=torch.uint8)
+    part, _ = crop(image, image[0] % 3, scale=(1.0, 1.0))
+    windows = image.unfold(1, 32, 1).unfold(2, 32, 1)
+    assert ((windows - part[:, None, None]).flatten(3).abs().sum((0, 3)) == 0).any()
+
+
+def test_crops_of_one_class_are_drawn_again():
+    classes = torch.zeros(256, 256, dtype=torch.uint8)
+    classes[:, 200:] = 1
+    image = torch.zeros(3, 256, 256, dtype=torch.uint8)
+    counts = {}
+    for most in (0.75, 1.0):
+        torch.manual_seed(0)
+        counts[most] = sum(
+            len(crop(image, classes, short_side=256, scale=(1.0, 1.0), size=64, most=most)[1].unique()) > 1
+            for _ in range(40)
+        )
+    assert counts[0.75] > counts[1.0] + 5
+
+
+def test_images_are_evaluated_at_their_short_side_within_limits():
+    assert eval_size(100, 200, 50, 1000) == [50, 100]
+    assert eval_size(100, 400, 50, 100) == [25, 100]
+    assert eval_image(torch.zeros(3, 60, 90, dtype=torch.uint8), 40, 999).shape == (3, 40, 60)
+
+
+def wrong_value(root):
+    save(root / "masks" / "train" / "1.png", np.full((64, 64), 77, np.uint8))
+
+
+def wrong_size(root):
+    save(root / "masks" / "val" / "0.png", np.zeros((64, 60), np.uint8))
+
+
+def colours(root):
+    save(root / "masks" / "val" / "0.png", np.zeros((64, 64, 3), np.uint8))
+
+
+def missing_mask(root):
+    (root / "masks" / "train" / "2.png").unlink()
+
+
+def no_masks(root):
+    shutil.rmtree(root / "masks" / "val")
+
+
+def no_images(root):
+    shutil.rmtree(root / "images" / "train")
+    (root / "images" / "train").mkdir()
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (wrong_value, r"train/1.png has values that are no class: 77. The classes are 0-10, 255"),
+        (wrong_size, r"val/0.jpg is 64 x 64, its class map .*val/0.png 60 x 64 pixels"),
+        (colours, r"val/0.png is RGB, not a class map"),
+        (missing_mask, r"1 of 4 images have no class map: .*train/2.png"),
+        (no_masks, r"no folder .*masks/val"),
+        (no_images, r"no images in .*images/train"),
+        (lambda root: (root / "classes.txt").unlink(), r"the classes have no names: give --data.classes"),
+        (shutil.rmtree, r"no such data folder"),
+    ],
+)
+def test_damaged_data_is_refused_before_work_starts(tmp_path, damage, message):
+    root = folders(tmp_path / "data")
+    damage(root)
+    with pytest.raises(UserError, match=message):
+        masks(root).check(["train", "val"])
+
+
+def test_further_values_can_be_ignored(tmp_path):
+    root = folders(tmp_path)
+    wrong_value(root)
+    data = masks(root, ignored=[255, 77])
+    data.check(["train"])
+    assert (data.dataset("train")[0].read(1)[1] == IGNORE).all()
+
+
+def test_unreadable_images_are_replaced_in_training_and_left_out_in_validation(tmp_path, capfd):
+    root = folders(tmp_path)
+    for split in ("train", "val"):
+        (root / "images" / split / "1.jpg").write_bytes(b"no image")
+    data = masks(root, batch_size=4, eval_batch_size=2)
+    data.check(["train", "val"])
+    assert "1 unreadable images or class maps are skipped" in capfd.readouterr().out
+    batch = next(iter(data.train_dataloader()))
+    assert batch.unreadable.sum() == 1 and (batch.indices >= 0).all()
+    batch = next(iter(data.val_dataloader()))
+    assert batch.indices.tolist() == [0, -1] and (batch.targets[1] == IGNORE).all()
+    assert "1.jpg" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(img_size=0), "data.img_size is 0"),
+        (dict(scale=(2.0, 0.5)), "data.scale is"),
+        (dict(classes=["one"]), "data.classes has 1 classes"),
+        (dict(layout="voc", classes=["a", "b"]), "no folder .*JPEGImages"),
+    ],
+)
+def test_impossible_settings_are_refused(tmp_path, arguments, message):
+    with pytest.raises(UserError, match=message):
+        masks(folders(tmp_path), **arguments).check(["train"])

@@ -1,0 +1,313 @@
+"""Images with a class per pixel: the data set layouts that papers use, folders of your own, and generated scenes."""
+
+import concurrent.futures
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as F
+
+from visionattn.train.data.dense import DenseBatch, DenseData, collate
+from visionattn.train.data.joint import IGNORE, eval_image, train_segmentation
+from visionattn.train.data.layouts import INVALID, LAYOUTS, find_pairs, lookup, voc_palette
+from visionattn.train.data.sampling import UNREADABLE
+from visionattn.train.data.scenes import DIGITS, Scenes
+from visionattn.train.errors import UserError, some
+
+
+class Pairs:
+    """Images and class maps from files.
+
+    Args:
+        pairs: Files of each image and its class map.
+        table: From the values in the files to classes.
+        transform: Applied to both, in training.
+        sides: Short and long side at which images are evaluated; class maps keep their size.
+    """
+
+    def __init__(
+        self, pairs: list[tuple[Path, Path]], table: np.ndarray, transform: Any, sides: tuple[int, int]
+    ) -> None:
+        self.pairs, self.table, self.transform, self.sides = pairs, table, transform, sides
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image, classes = self.read(index)
+        if self.transform is None:
+            return eval_image(image, *self.sides), classes
+        image, classes = self.transform(tv_tensors.Image(image), tv_tensors.Mask(classes))
+        return image.as_subclass(Tensor), classes.as_subclass(Tensor)
+
+    def read(self, index: int) -> tuple[Tensor, Tensor]:
+        """Image [3, H, W] and class map [H, W], both uint8."""
+        file, mask_file = self.pairs[index]
+        with Image.open(file) as opened:
+            image = F.pil_to_tensor(opened.convert("RGB"))
+        with Image.open(mask_file) as opened:
+            if opened.mode not in ("L", "P", "1"):
+                raise UserError(f"{mask_file} is {opened.mode}, not a class map: it must have one byte per pixel")
+            values = np.array(opened, np.uint8)
+        if values.shape != image.shape[-2:]:
+            sizes = [" x ".join(map(str, reversed(shape))) for shape in (image.shape[-2:], values.shape)]
+            raise UserError(f"{file} is {sizes[0]}, its class map {mask_file} {sizes[1]} pixels: they must be the same")
+        classes = self.table[values]
+        if (invalid := classes == INVALID).any():
+            found = np.unique(values[invalid])
+            known = np.flatnonzero(self.table != INVALID)
+            raise UserError(
+                f"{mask_file} has values that are no class: {some(found)}. The classes are {ranges(known)}; "
+                "give all classes, or name further values to ignore with --data.ignored"
+            )
+        return image, torch.from_numpy(classes)
+
+
+def ranges(values: np.ndarray) -> str:
+    """Numbers in short, such as "0-20, 255"."""
+    parts = np.split(values, np.flatnonzero(np.diff(values) > 1) + 1)
+    return ", ".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)
+
+
+class SegmentationData(DenseData):
+    """Base of the segmentation data modules.
+
+    Attributes:
+        palette: A colour per class, for pictures.
+
+    Args:
+        img_size: Side of the training crop.
+        short_side: Short side of the images, at scale 1 in training; ``img_size`` if not given.
+        long_side: Largest long side in evaluation.
+        scale: Smallest and largest factor of ``short_side`` in training.
+        max_class_share: A training crop in which one class covers more than this is drawn again; 1 for any crop.
+        hflip: Probability of a mirror image.
+        photometric: Change brightness, contrast, saturation and hue.
+    """
+
+    palette: list[tuple[int, int, int]]
+
+    def __init__(
+        self,
+        img_size: int,
+        short_side: int | None,
+        long_side: int,
+        scale: tuple[float, float],
+        max_class_share: float,
+        hflip: float,
+        photometric: bool,
+        batch_size: int,
+        eval_batch_size: int | None,
+        num_workers: int,
+    ) -> None:
+        super().__init__(batch_size, eval_batch_size, num_workers)
+        short_side = short_side or img_size
+        for name, value in (("img_size", img_size), ("short_side", short_side), ("long_side", long_side)):
+            if value < 1:
+                raise UserError(f"data.{name} is {value}: it must be at least 1")
+        if not 0 < scale[0] <= scale[1]:
+            raise UserError(f"data.scale is {list(scale)}: the smallest and the largest factor, greater than 0")
+        self.sides = (short_side, long_side)
+        self.augment = train_segmentation(img_size, short_side, tuple(scale), max_class_share, hflip, photometric)
+        self.preprocess = dict(input_size=[3, img_size, img_size], short_side=short_side, long_side=long_side)
+
+    def card(self) -> dict[str, Any]:
+        return super().card() | dict(palette=[list(color) for color in self.palette])
+
+    def empty(self, image: Tensor) -> Tensor:
+        return torch.full(image.shape[-2:], IGNORE, dtype=torch.uint8)
+
+    def collate(self, training: bool):
+        return _stacked if training else _listed
+
+
+def _stacked(entries: list[tuple]) -> DenseBatch:
+    return collate(entries, stack=True)
+
+
+def _listed(entries: list[tuple]) -> DenseBatch:
+    return collate(entries, stack=False)
+
+
+class Masks(SegmentationData):
+    """Images and class maps in files.
+
+    Args:
+        root: Folder of the data set.
+        layout: "folders": images/SPLIT/NAME.jpg and masks/SPLIT/NAME.png, classes counted from 0; or the layout of
+            "ade20k", "cityscapes" or "voc" as they are distributed.
+        classes: Names of the classes of "folders"; its file classes.txt, one per line, if not given.
+        ignored: Values in the class maps that neither train nor count.
+        val_split: Name of the validation split, if not the layout's own.
+        train_split: Name of the training split, if not the layout's own.
+        img_size: Side of the training crop.
+        short_side: Short side of the images, at scale 1 in training; ``img_size`` if not given.
+        long_side: Largest long side in evaluation.
+        scale: Smallest and largest factor of ``short_side`` in training.
+        max_class_share: A training crop in which one class covers more than this is drawn again; 1 for any crop.
+        hflip: Probability of a mirror image.
+        photometric: Change brightness, contrast, saturation and hue.
+        batch_size: Images per step and process.
+        eval_batch_size: The same for validation and test.
+        num_workers: Processes that load images, for each training process; up to 8 of the cores if not given.
+        check_images: Pairs, spread over each split, that are read before the run starts; 0 for none, -1 for all.
+    """
+
+    def __init__(
+        self,
+        root: str = "",
+        layout: Literal["folders", "ade20k", "cityscapes", "voc"] = "folders",
+        classes: list[str] | None = None,
+        ignored: list[int] = [255],  # noqa: B006  (never changed; the parser wants a list)
+        train_split: str | None = None,
+        val_split: str | None = None,
+        img_size: int = 512,
+        short_side: int | None = None,
+        long_side: int = 2048,
+        scale: tuple[float, float] = (0.5, 2.0),
+        max_class_share: float = 0.75,
+        hflip: float = 0.5,
+        photometric: bool = True,
+        batch_size: int = 4,
+        eval_batch_size: int = 1,
+        num_workers: int | None = None,
+        check_images: int = 100,
+    ) -> None:
+        workers = min(8, len(os.sched_getaffinity(0))) if num_workers is None else num_workers
+        augment = (short_side, long_side, scale, max_class_share, hflip, photometric)
+        super().__init__(img_size, *augment, batch_size, eval_batch_size, workers)
+        if not root:
+            raise UserError("no data: give the folder with --data.root")
+        if not Path(root).is_dir():
+            raise UserError(f"no such data folder: {root}. Give an existing one with --data.root")
+        self.root, self.layout, self.check_images = Path(root), LAYOUTS[layout], check_images
+        own = {k: v for k, v in (("train", train_split), ("val", val_split), ("test", val_split)) if v}
+        self.splits = self.layout.splits | own
+        self.class_names = classes or self._classes()
+        self.num_classes = len(self.class_names)
+        if not 2 <= self.num_classes < INVALID:
+            raise UserError(f"data.classes has {self.num_classes} classes: 2 to {INVALID - 1} are possible")
+        values = self.layout.values or range(self.num_classes)
+        if len(values) != self.num_classes:
+            raise UserError(f"data.classes has {self.num_classes} names; the layout {layout} has {len(values)} classes")
+        ignored = {0, *ignored} if self.layout.values and 0 not in self.layout.values else ignored
+        self.table = lookup(values, ignored, self.layout.others)
+        self.palette = self.layout.palette or voc_palette(self.num_classes)
+
+    def dataset(self, split: str):
+        pairs = find_pairs(self.root, self._layout(split), split)
+        transform = self.augment if split == "train" else None
+        return Pairs(pairs, self.table, transform, self.sides), lambda index: str(pairs[index][0])
+
+    def check(self, splits: list[str]) -> None:
+        for split in splits:
+            data, name = self.dataset(split)
+            if not self.check_images:
+                continue
+            step = 1 if self.check_images < 0 else max(1, len(data) // self.check_images)
+            bad = []
+
+            def read(index: int, data=data, bad=bad) -> None:
+                try:
+                    data.read(index)
+                except UNREADABLE:
+                    bad.append(index)
+
+            with concurrent.futures.ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
+                list(pool.map(read, range(0, len(data), step)))
+            if bad:
+                print(
+                    f"warning: {len(bad)} unreadable images or class maps are skipped: {some(map(name, sorted(bad)))}"
+                )
+
+    def _layout(self, split: str):
+        from dataclasses import replace
+
+        return replace(self.layout, splits=self.splits)
+
+    def _classes(self) -> list[str]:
+        ade20k = self.root / "objectInfo150.txt"
+        if self.layout is LAYOUTS["ade20k"] and ade20k.is_file():
+            rows = ade20k.read_text(encoding="utf-8").splitlines()[1:]
+            return [row.split("\t")[-1].split(",")[0].strip() for row in rows]
+        if self.layout.classes:
+            return list(self.layout.classes)
+        file = self.root / "classes.txt"
+        if not file.is_file():
+            raise UserError(f"the classes have no names: give --data.classes, or a file {file} with one per line")
+        return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+class SceneMasks(SegmentationData):
+    """Generated scenes of digits on photographs with the class of every pixel: the photograph, or one of ten digits.
+
+    Args:
+        img_size: Side of the images.
+        train_scenes: Training scenes in an epoch.
+        val_scenes: Validation scenes, always the same ones.
+        fresh: Make other training scenes in every epoch.
+        objects: Smallest and largest number of digits in a scene.
+        sides: Smallest and largest side of a digit, as a share of the image.
+        photometric: Change brightness, contrast, saturation and hue in training.
+        batch_size: Images per step and process.
+        eval_batch_size: The same for validation and test.
+        num_workers: Processes that make scenes, for each training process.
+    """
+
+    def __init__(
+        self,
+        img_size: int = 128,
+        train_scenes: int = 1000,
+        val_scenes: int = 100,
+        fresh: bool = True,
+        objects: tuple[int, int] = (1, 4),
+        sides: tuple[float, float] = (0.2, 0.5),
+        photometric: bool = False,
+        batch_size: int = 16,
+        eval_batch_size: int | None = None,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__(
+            img_size,
+            img_size,
+            4 * img_size,
+            (1.0, 1.0),
+            1.0,
+            0.0,
+            photometric,
+            batch_size,
+            eval_batch_size,
+            num_workers,
+        )
+        self.class_names = ["photograph", *DIGITS]
+        self.num_classes, self.palette = len(self.class_names), voc_palette(len(self.class_names))
+        self.counts, self.fresh, self.photometric = {"train": train_scenes}, fresh, photometric
+        self.counts |= {"val": val_scenes, "test": val_scenes}
+        self.settings = dict(size=img_size, objects=objects, sides=sides)
+
+    def dataset(self, split: str):
+        training = split == "train"
+        scenes = Scenes("train" if training else "val", self.counts[split], self.fresh and training, **self.settings)
+        return SceneMaps(scenes, self.augment if training and self.photometric else None), "scene {}".format
+
+
+class SceneMaps:
+    """Scenes as images [3, H, W] and class maps [H, W]."""
+
+    def __init__(self, scenes: Scenes, transform: Any) -> None:
+        self.scenes, self.transform = scenes, transform
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        scene = self.scenes[index]
+        image, classes = torch.from_numpy(scene.image).permute(2, 0, 1), torch.from_numpy(scene.classes)
+        if self.transform is not None:
+            image, classes = self.transform(tv_tensors.Image(image), tv_tensors.Mask(classes))
+        return image.as_subclass(Tensor), classes.as_subclass(Tensor)

@@ -1,0 +1,1 @@
+"""Networks for dense tasks: segmentation heads and torchvision's detectors on any timm backbone."""

@@ -1,0 +1,99 @@
+"""What segmentation and detection share: weights to start from, schedules by step, and losses that name the image."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from visionattn.train.data.base import Data
+from visionattn.train.data.dense import DenseBatch, DenseData
+from visionattn.train.dense.segmenter import DenseNet
+from visionattn.train.errors import UserError, some
+from visionattn.train.optim import warmup_cosine, warmup_poly, warmup_step_decay
+from visionattn.train.task import Task
+from visionattn.train.weights import load_weights, read_weights
+
+
+class DenseTask(Task):
+    """Base of the dense tasks.
+
+    Args:
+        backbone_args: Arguments of ``visionattn.features.FeatureBackbone``: ``out_indices``, ``output_norm``,
+            ``frozen_stages``, ``norm_eval``, ``grad_checkpointing``.
+        schedule: "poly" and "cosine" fall to ``min_lr``; "step" divides by 10 at each of ``milestones``.
+        warmup: Steps of linear warm-up.
+        warmup_lr: First learning rate of the warm-up.
+        min_lr: Last learning rate of "poly" and "cosine".
+        power: Exponent of "poly".
+        milestones: Epochs at which "step" divides the learning rate.
+        **kwargs: What every task takes.
+    """
+
+    net: DenseNet
+
+    def __init__(
+        self,
+        backbone_args: dict[str, Any] | None = None,
+        schedule: Literal["poly", "cosine", "step"] = "poly",
+        warmup: int = 0,
+        warmup_lr: float = 1e-6,
+        min_lr: float = 0.0,
+        power: float = 1.0,
+        milestones: list[int] | None = None,
+        **kwargs,
+    ) -> None:
+        super().__init__(**kwargs)
+        if schedule == "step" and not milestones:
+            raise UserError("model.schedule 'step' needs --model.milestones, such as [8, 11]")
+
+    def start(self) -> None:
+        """Load ``weights``: a run of this task, a classification model, or the authors' detector or segmenter."""
+        p = self.hparams
+        if p.weights:
+            backbone = self.net.get_submodule(self.net.backbone_path)
+            state = read_weights(p.weights)
+            if any(key.startswith(f"{self.net.backbone_path}.model.") for key in state):
+                load_weights(self.net, p.weights, p.reset_head)
+            else:
+                try:
+                    backbone.load(state)
+                except ValueError as error:
+                    raise UserError(f"{p.weights}: {error}. Set model.name and model.model_args as trained") from error
+        if p.channels_last:
+            self.net.to(memory_format=torch.channels_last)
+
+    def check(self, data: Data, splits: list[str]) -> None:
+        if not isinstance(data, DenseData):
+            raise UserError(f"{type(data).__name__} has no data for {type(self).__name__}: choose another --data")
+
+    def schedule(self, optimizer: torch.optim.Optimizer, lr: float) -> LambdaLR:
+        p, steps = self.hparams, int(self.trainer.estimated_stepping_batches)
+        start, end, warmup = min(1.0, p.warmup_lr / lr), min(1.0, p.min_lr / lr), min(p.warmup, steps)
+        if p.schedule == "poly":
+            return warmup_poly(optimizer, warmup, steps, start, end, p.power)
+        if p.schedule == "cosine":
+            return warmup_cosine(optimizer, warmup, steps, start, end)
+        epoch = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
+        return warmup_step_decay(optimizer, warmup, [round(n * epoch) for n in p.milestones], start)
+
+    def require_finite(self, loss: Tensor, parts: dict[str, Tensor], batch: DenseBatch, bad: Tensor | None) -> None:
+        """Stop with the names of the images if the loss is no number.
+
+        Args:
+            loss: The step's loss.
+            parts: What it consists of.
+            batch: Its images.
+            bad: Which of them have outputs that are no numbers, if that is known. [B]
+        """
+        if torch.isfinite(loss):
+            return
+        named = batch.indices if bad is None or not bad.any() else batch.indices[bad.cpu()]
+        names = self.trainer.datamodule.image_names(named, training=True)
+        values = ", ".join(f"{name} {float(value):g}" for name, value in parts.items())
+        broken = [name for name, p in self.net.named_parameters() if not p.isfinite().all()]
+        why = f"; the weights are damaged already ({some(broken, 1)}): lower --model.lr" if broken else ""
+        raise UserError(
+            f"the loss is {float(loss)} ({values}) at step {self.global_step}, on {some(names, 16)}{why}. "
+            "Look at these images and their annotations, lower --model.lr, or train with --trainer.precision 32"
+        )

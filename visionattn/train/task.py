@@ -1,0 +1,165 @@
+"""What every task shares: the network's start, its optimizer and schedule, and what a checkpoint says about it."""
+
+from collections import Counter
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from timm.optim import list_optimizers
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from visionattn.train.data.base import Data
+from visionattn.train.data.sampling import global_seed, seed_random
+from visionattn.train.errors import UserError
+from visionattn.train.flops import training_flops
+from visionattn.train.optim import create_optimizer
+from visionattn.train.weights import CARD
+
+
+class Task(pl.LightningModule):
+    """Base of the tasks; a subclass builds ``net`` and ``card``, and fills in the steps and the schedule.
+
+    Attributes:
+        monitor: The logged metric that says which checkpoint is best; higher is better.
+        label: What the names of the best checkpoints call it.
+        summary: Format of each metric in the line that an epoch prints.
+        net: The network; its bare weights are what a run exports.
+        card: Describes the network, so that a checkpoint is enough to predict.
+
+    Args:
+        name: Any timm model, ours included.
+        num_classes: Number of classes; taken from the data.
+        model_args: Arguments of the model, such as ``drop_path_rate``, ``depths`` or ``img_size``.
+        pretrained: Start from the published weights.
+        weights: Start from the weights in this file (timm, plain, safetensors, or a checkpoint of an earlier run).
+        reset_head: Let ``weights`` of a model with other classes in, with a new classifier.
+        optimizer: A name that ``timm.optim.list_optimizers()`` knows.
+        optimizer_args: Further arguments of the optimizer, such as ``betas``.
+        lr: Peak learning rate.
+        lr_batch: If given, ``lr`` is for this global batch size and is scaled in proportion to the real one.
+        weight_decay: Weight decay, except on biases, norms and other vectors.
+        layer_decay: Factor from each layer's learning rate to that of the layer before it.
+        channels_last: Keep images and weights in channels-last memory, which is faster for most networks on a GPU.
+        compile: Compile the model with ``torch.compile``.
+    """
+
+    monitor: str
+    label: str
+    summary: dict[str, str]
+    net: nn.Module
+    card: dict[str, Any]
+
+    def __init__(
+        self,
+        name: str = "",
+        num_classes: int = 1000,
+        model_args: dict[str, Any] | None = None,
+        pretrained: bool = False,
+        weights: str | None = None,
+        reset_head: bool = False,
+        optimizer: str = "adamw",
+        optimizer_args: dict[str, Any] | None = None,
+        lr: float = 1e-3,
+        lr_batch: int | None = None,
+        weight_decay: float = 0.05,
+        layer_decay: float | None = None,
+        channels_last: bool = False,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        if not name:
+            raise UserError("no model: give a timm model with --model.name, such as van_b0")
+        if lr <= 0:
+            raise UserError(f"model.lr is {lr}: it must be greater than 0")
+        if optimizer not in list_optimizers():
+            raise UserError(f"unknown optimizer {optimizer!r}: timm.optim.list_optimizers() lists all names")
+        if pretrained and weights:
+            raise UserError("model.pretrained and model.weights both say where to start: give one of them")
+        self.unreadable: Counter[str] = Counter()
+
+    def check(self, data: Data, splits: list[str]) -> None:
+        """Refuse data that this task cannot train on or evaluate; raises ``UserError``."""
+
+    def schedule(self, optimizer: torch.optim.Optimizer, lr: float) -> LambdaLR:
+        """The learning rate of every step relative to the peak ``lr``."""
+        raise NotImplementedError
+
+    def example(self) -> Any:
+        """What ``net`` takes for one image, to count its operations."""
+        return torch.zeros(1, *self.card["preprocess"]["input_size"], device=self.device)
+
+    @property
+    def compiled(self) -> nn.Module:
+        """The part of ``net`` that ``torch.compile`` takes."""
+        return self.net
+
+    # Set-up
+
+    def setup(self, stage: str) -> None:
+        self.card |= self.trainer.datamodule.card()
+
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            from torch.distributed.fsdp import FSDPModule, fully_shard
+
+            mesh, world = self.device_mesh["data_parallel"], self.trainer.world_size
+            if mesh.size() != world:  # Lightning's default is tensor parallelism within a node
+                fix = f"--trainer.strategy.data_parallel_size {world} --trainer.strategy.tensor_parallel_size 1"
+                raise UserError(f"{mesh.size()} of {world} processes would share the data: add {fix}")
+            if not isinstance(self.net, FSDPModule):
+                fully_shard(self.net, mesh=mesh)
+
+    def on_fit_start(self) -> None:
+        self.flops_per_batch = training_flops(self.net, self.example()) * self.trainer.datamodule.batch_size
+        if self.hparams.compile:
+            # In place: wrapping the model in torch.compile() would put "_orig_mod." into every checkpoint key.
+            self.compiled.compile()
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        p, trainer = self.hparams, self.trainer
+        lr = p.lr
+        if p.lr_batch:
+            batch = trainer.datamodule.batch_size * trainer.world_size * trainer.accumulate_grad_batches
+            lr = p.lr * batch / p.lr_batch
+            self.print(f"learning rate {p.lr:g} for a batch of {p.lr_batch} is {lr:g} for {batch}")
+        optimizer = create_optimizer(
+            self.net, p.optimizer, lr, p.weight_decay, p.layer_decay, **(p.optimizer_args or {})
+        )
+        schedule = self.schedule(optimizer, lr)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"}}
+
+    # Steps
+
+    def on_train_epoch_start(self) -> None:
+        data = self.trainer.train_dataloader.dataset
+        if hasattr(data, "set_epoch"):
+            data.set_epoch(self.current_epoch)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        # A step's dropout and Mixup depend on its place in the run only, so that a resumed run repeats them exactly.
+        seed_random(global_seed(), self.current_epoch, batch_idx, self.global_rank)
+
+    def log_loss(self, loss: Tensor, images: int) -> None:
+        """Log the loss of a training step, and its mean over the epoch."""
+        self.log("train/loss", loss, on_step=True, on_epoch=False, prog_bar=True)
+        self.log("train/loss_epoch", loss, on_step=False, on_epoch=True, sync_dist=True, batch_size=images)
+
+    def on_train_epoch_end(self) -> None:
+        self.report_unreadable("train")
+
+    def on_validation_epoch_start(self) -> None:
+        # Without SyncBatchNorm each process has its own running statistics; the checkpoint holds those of the first.
+        if self.trainer.world_size > 1:
+            for buffer in self.net.buffers():
+                torch.distributed.broadcast(buffer, src=0)
+
+    def report_unreadable(self, stage: str, counter: str | None = None) -> None:
+        """Log how many images could not be read, over all processes."""
+        count = float(self.unreadable.pop(counter or stage, 0))
+        self.log(f"{stage}/unreadable_images", count, sync_dist=True, reduce_fx="sum")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[CARD] = self.card
