@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import visionattn  # noqa: F401  (registers our models)
+from tests.parity import fixture_image, fixture_weights, load_fixture, relative_error
 from visionattn.features import FeatureBackbone, FPNBackbone, prefixed
 
 TINY = {
@@ -134,3 +135,20 @@ def test_the_pyramid_has_what_torchvision_s_detectors_read(extra, levels):
     maps = pyramid(torch.randn(1, 3, 70, 90))
     assert pyramid.out_channels == 16 and len(maps) == levels and pyramid.levels == ["0", "1", "2", "3"]
     assert all(y.shape[1] == 16 for y in maps.values())
+
+
+def test_a_published_dense_backbone_computes_what_its_authors_compute():
+    """LITv2's segmentation backbone on an oblong image, with the norms of its four outputs."""
+    fixture = load_fixture("litv2/litv2_small_dense_256x192")
+    features = FeatureBackbone("litv2_small", output_norm=True).eval()
+    features.load({f"backbone.{key}": value for key, value in fixture_weights(fixture).items()})
+    with torch.no_grad():
+        maps = features(fixture_image(fixture))
+    expected = torch.tensor(fixture["output"]["values"])
+    assert relative_error(maps[3].flatten(1)[:, :1024], expected) < 5e-6  # float32 rounding; a wrong eps is at 1e-5
+    for y, stage in zip(maps, fixture["features"], strict=False):
+        assert list(y.shape[1:]) == stage["shape"][-3:]
+        assert y.mean().item() == pytest.approx(stage["mean"], abs=1e-5)
+        assert y.std().item() == pytest.approx(stage["std"], rel=1e-4)
+    with pytest.raises(ValueError, match=r"norms at the outputs of stages \[0, 1, 2, 3\]: ask for them"):
+        FeatureBackbone("litv2_small").load(fixture_weights(fixture))

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
+from visionattn.checkpoints import unwrap
+
 __all__ = ["FPNBackbone", "FeatureBackbone"]
 
 # The authors' names of the norm of output 0: norm0 in NAT, LITv2 and Agent, extra_norms.0 in BiFormer and RAVLT.
@@ -119,14 +121,20 @@ class FeatureBackbone(nn.Module):
             ValueError: Naming what is missing, unexpected or of another shape; nothing is loaded then.
         """
         convert = getattr(sys.modules[type(self.model).__module__], "checkpoint_filter_fn", None)
-        state = convert(state_dict, self.model) if convert else state_dict
-        own, with_norms = self.state_dict(), {}
-        for key, value in state.items():
-            norm = OUTPUT_NORM.match(key)
-            with_norms[
-                f"norms.{norm[1]}.{norm[2]}" if norm and key not in self.model.state_dict() else f"model.{key}"
-            ] = value
-        state = with_norms
+        released = unwrap(state_dict)
+        state = convert(state_dict, self.model) if convert else released
+        used = {id(value) for value in state.values()}
+        norms = {}
+        for key, value in released.items():
+            norm = OUTPUT_NORM.match(key.removeprefix("backbone."))
+            # A norm that the conversion keeps under another name is one of the main path, such as VAN's.
+            if norm and key not in self.model.state_dict() and (key in state or id(value) not in used):
+                norms[f"norms.{norm[1]}.{norm[2]}"] = value
+        if norms and not len(self.norms):
+            stages = sorted({int(key.split(".")[1]) for key in norms})
+            raise ValueError(f"the weights have norms at the outputs of stages {stages}: ask for them with output_norm")
+        state = {f"model.{key}": value for key, value in state.items() if not OUTPUT_NORM.match(key)} | norms
+        own = self.state_dict()
         with torch.device("meta"):
             whole = {f"model.{key}" for key in timm.create_model(self.name, **self.model_args).state_dict()}
         state = {key: value for key, value in state.items() if key in own or key not in whole}

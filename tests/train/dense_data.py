@@ -112,7 +112,8 @@ def voc_boxes(root, train=4, val=2):
             save(root / "JPEGImages" / f"{stem}.jpg", scene.image)
             objects = "".join(
                 f"<object><name>{names[label]}</name><difficult>{int(n == 1)}</difficult><bndbox>"
-                f"<xmin>{left + 1}</xmin><ymin>{top + 1}</ymin><xmax>{right}</xmax><ymax>{bottom}</ymax></bndbox></object>"
+                f"<xmin>{left + 1}</xmin><ymin>{top + 1}</ymin><xmax>{right}</xmax><ymax>{bottom}</ymax>"
+                "</bndbox></object>"
                 for n, (label, (left, top, right, bottom)) in enumerate(
                     zip(scene.labels, scene.boxes.astype(int).tolist(), strict=True)
                 )

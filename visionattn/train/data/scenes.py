@@ -86,7 +86,7 @@ def make_scene(
     crop = int(rng.integers(min(size, 400), 428))
     left, top = (int(rng.integers(side - crop + 1)) for side in photo.size)
     image = np.asarray(photo.resize((size, size), Image.Resampling.BILINEAR, (left, top, left + crop, top + crop)))
-    image = image.astype(np.float32) * rng.uniform(0.5, 1.0)
+    image = image.astype(np.float32) * rng.uniform(0.3, 0.6)  # dark, so that bright digits stand out
     glyphs, values = digits(split)
     masks, labels = [], []
     wanted = int(rng.integers(objects[0], objects[1] + 1))
@@ -98,10 +98,7 @@ def make_scene(
             continue
         glyph = Image.fromarray(glyphs[index].astype(np.float32) / 16).resize((side, side), Image.Resampling.BICUBIC)
         alpha = np.clip((np.asarray(glyph) - 0.2) / 0.3, 0, 1)[..., None]
-        # A colour that differs from what is under it: bright on dark, dark on bright.
-        under = image[place].mean()
-        color = rng.uniform(0, 1, 3) * 110 + (0 if under > 120 else 145)
-        image[place] += alpha * (color.astype(np.float32) - image[place])
+        image[place] += alpha * (rng.uniform(140, 255, 3).astype(np.float32) - image[place])
         mask = np.zeros((size, size), bool)
         mask[place] = alpha[..., 0] >= 0.5
         masks.append(mask)
