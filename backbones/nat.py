@@ -221,6 +221,13 @@ def create(cls: type[NAT], variant: str, pretrained: bool = False, **kwargs) -> 
 
 
 @register_model
+def nat_nano(pretrained: bool = False, **kwargs) -> NAT:
+    """Not of the paper: as small as still learns digits, for demonstrations and tests."""
+    model_args = dict(embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8), kernel_size=3, mlp_ratio=1.0)
+    return create(NAT, "nat_nano", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
 def nat_mini(pretrained: bool = False, **kwargs) -> NAT:
     model_args = dict(embed_dim=64, depths=(3, 4, 6, 5), num_heads=(2, 4, 8, 16), mlp_ratio=3.0)
     return create(NAT, "nat_mini", pretrained, **dict(model_args, **kwargs))

@@ -182,6 +182,13 @@ def _create_van(variant: str, pretrained: bool = False, **kwargs) -> VAN:
 
 
 @register_model
+def van_nano(pretrained: bool = False, **kwargs) -> VAN:
+    """Not of the paper: as small as still learns digits, for demonstrations and tests."""
+    model_args = dict(embed_dims=(16, 32, 64, 96), depths=(1, 1, 1, 1), mlp_ratios=(4, 4, 4, 2))
+    return _create_van("van_nano", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
 def van_b0(pretrained: bool = False, **kwargs) -> VAN:
     model_args = dict(embed_dims=(32, 64, 160, 256), depths=(3, 3, 5, 2), mlp_ratios=(8, 8, 4, 4))
     return _create_van("van_b0", pretrained, **dict(model_args, **kwargs))

@@ -20,7 +20,7 @@ LAYERS = (
     {"hub"},
     {"backbone", "features", "isotropic", "natten"},
     {"backbones"},
-    {"train", "benchmark"},
+    {"train", "benchmark", "zoo", "__main__"},
 )
 
 
@@ -132,7 +132,9 @@ def test_wheel_holds_every_module_and_data_file(wheel):
         wanted.add(module.replace(".", "/") + ("/__init__.py" if path.name == "__init__.py" else ".py"))
     for top in TOP:
         wanted |= {
-            f"visionattn/{p.relative_to(ROOT)}" for p in ROOT.glob(f"{top}/**/*") if p.suffix in (".toml", ".yaml")
+            f"visionattn/{p.relative_to(ROOT)}"
+            for p in ROOT.glob(f"{top}/**/*")
+            if p.suffix in (".toml", ".yaml", ".safetensors")
         }
     assert wanted - packed == set()
     stray = {name.split("/")[0] for name in packed} - {"visionattn"}

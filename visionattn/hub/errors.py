@@ -1,4 +1,6 @@
-"""The one exception of downloading and reading weights."""
+"""The one exception of downloading and reading weights, and how messages put things."""
+
+from collections.abc import Iterable
 
 
 class WeightsError(RuntimeError):
@@ -6,11 +8,11 @@ class WeightsError(RuntimeError):
 
 
 def one_line(message: object) -> str:
-    """``message`` with its white space collapsed."""
+    """``message`` with its white space collapsed, so that it fits the last line on the screen."""
     return " ".join(str(message).split())
 
 
-def some(names, most: int = 3) -> str:
+def some(names: Iterable[object], most: int = 3) -> str:
     """The first few of ``names`` and how many more there are."""
     names = [str(name) for name in names]
     more = f" and {len(names) - most} more" if len(names) > most else ""

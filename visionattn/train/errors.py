@@ -1,27 +1,17 @@
 """The one exception that ends a command with a single line instead of a traceback."""
 
 import difflib
-from collections.abc import Iterable
 
 import timm
 
 import visionattn  # noqa: F401  (registers our models)
+from visionattn.hub.errors import one_line, some
+
+__all__ = ["UserError", "check_model_name", "one_line", "some"]
 
 
 class UserError(Exception):
     """Something the user can fix; the message says what is wrong and how to fix it, in one line."""
-
-
-def one_line(message: object) -> str:
-    """``message`` with its white space collapsed, so that it fits the last line on the screen."""
-    return " ".join(str(message).split())
-
-
-def some(names: Iterable[object], most: int = 3) -> str:
-    """The first few of ``names`` and how many more there are."""
-    names = [str(name) for name in names]
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def check_model_name(name: str) -> None:

@@ -2,23 +2,20 @@
 
 import json
 import sys
-import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import timm
-import torch
 from safetensors.torch import save_file
-from timm.models import load_state_dict
 from torch import Tensor, nn
 
-from visionattn.train.errors import UserError, check_model_name, one_line, some
+from visionattn import hub
+from visionattn.hub.load import CARD, read_metadata
+from visionattn.train.errors import UserError, check_model_name, some
 
 PREFIX = "net."
 """What the task puts before the names of the bare model's weights."""
-CARD = "visionattn"
-"""Key under which a checkpoint describes its model: name, arguments, classes, preprocessing."""
 
 
 def read_checkpoint(path: str) -> dict[str, Any]:
@@ -27,34 +24,26 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     Raises:
         UserError: If there is no such file, or it is none that can be read safely.
     """
+    return _read(hub.read_checkpoint, path)
+
+
+def read_weights(path: str) -> dict[str, Tensor]:
+    """The bare model's weights from timm, plain, safetensors or Lightning files; the averaged ones where there are."""
+    state = _read(hub.read_weights, path)
+    if any(key.startswith(PREFIX) for key in state):
+        state = {key.removeprefix(PREFIX): value for key, value in state.items() if key.startswith(PREFIX)}
+    return {key.removeprefix("_orig_mod."): value for key, value in state.items()}
+
+
+def _read(reader: Callable[[str], dict], path: str) -> dict:
     if "://" in path:
         raise UserError(f"{path} is a URL: download it first and give the file")
     if not Path(path).is_file():
         raise UserError(f"no such checkpoint: {path}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # what a file that is no checkpoint raises depends on its bytes
-        reason = one_line(error).split(". ")[0]
-        raise UserError(f"{path} is not a checkpoint that loads safely ({reason}): save plain tensors") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint: save its state_dict()")
-    return content
-
-
-def read_weights(path: str) -> dict[str, Tensor]:
-    """The bare model's weights from timm, plain, safetensors or Lightning files; the averaged ones where there are."""
-    if path.endswith(".safetensors") and Path(path).is_file():
-        try:
-            state = load_state_dict(path)
-        except safetensors.SafetensorError as error:
-            raise UserError(f"{path} is not a safetensors file: {one_line(error)}") from error
-    else:
-        read_checkpoint(path)  # for its errors
-        state = load_state_dict(path)
-    state = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-    if any(key.startswith(PREFIX) for key in state):
-        state = {key.removeprefix(PREFIX): value for key, value in state.items() if key.startswith(PREFIX)}
-    return {key.removeprefix("_orig_mod."): value for key, value in state.items()}
+        return reader(path)
+    except hub.WeightsError as error:
+        raise UserError(str(error)) from error
 
 
 def load_weights(net: nn.Module, path: str, reset_head: bool = False) -> None:
@@ -101,8 +90,7 @@ def read_card(path: str) -> dict[str, Any]:
         ``name``, ``model_args``, ``num_classes``, ``class_names`` and ``preprocess``.
     """
     if path.endswith(".safetensors") and Path(path).is_file():
-        with safetensors.safe_open(path, "pt") as file:
-            card = json.loads((file.metadata() or {}).get(CARD, "null"))
+        card = _read(read_metadata, path)
     else:
         card = read_checkpoint(path).get(CARD)
     if card is None:
