@@ -10,7 +10,14 @@ import re
 from collections.abc import Sequence
 
 import torch
-from timm.layers import BatchNormAct2d, ClassifierHead, calculate_drop_path_rates, trunc_normal_
+import torch.nn.functional as F
+from timm.layers import (
+    BatchNormAct2d,
+    ClassifierHead,
+    calculate_drop_path_rates,
+    register_notrace_module,
+    trunc_normal_,
+)
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -18,6 +25,7 @@ from visionattn.attention import MagnitudeAwareAttention, RankAugmentedAttention
 from visionattn.backbone import Pyramid, Stage, build_backbone
 from visionattn.blocks import Linear, ScaledResidual, in_slices, to_channels_last
 from visionattn.checkpoints import rename_checkpoint
+from visionattn.kernels import autocasting
 from visionattn.weights import pretrained_cfgs
 
 __all__ = ["RAVLT"]
@@ -25,6 +33,7 @@ __all__ = ["RAVLT"]
 MIXERS = {"rala": RankAugmentedAttention, "mala": MagnitudeAwareAttention, "softmax": RotaryAttention}
 
 
+@register_notrace_module  # which form runs depends on the tensor
 class DepthwiseResidual(nn.Conv2d):
     """``x + dwconv(x)`` with a depthwise 3x3 on [B, H, W, dim]."""
 
@@ -32,8 +41,17 @@ class DepthwiseResidual(nn.Conv2d):
         super().__init__(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self._conv_forward(x.permute(0, 3, 1, 2), self.weight, self.bias)
-        return x + y.permute(0, 2, 3, 1)
+        if torch.jit.is_scripting():
+            return x + self._convolved(x, self.weight)
+        elif x.dtype in (torch.float32, torch.float64) and not autocasting(x):
+            # One pass less. With fewer bits, 1 plus a small weight would lose most of the weight's own.
+            one = F.pad(self.weight.new_ones(self.weight.shape[0], 1, 1, 1), (1, 1, 1, 1))
+            return self._convolved(x, self.weight + one)
+        else:
+            return x + self._convolved(x, self.weight)
+
+    def _convolved(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self._conv_forward(x.permute(0, 3, 1, 2), weight, self.bias).permute(0, 2, 3, 1)
 
 
 class ConvMlp(nn.Module):
@@ -104,7 +122,17 @@ class Stem(nn.Module):
         self.proj = nn.Sequential(*layers[:-1])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(to_channels_last(x))
+        x = to_channels_last(x)
+        if torch.jit.is_scripting():
+            return self.proj(x)
+        else:
+            return self._sliced(x)
+
+    @torch.jit.unused
+    def _sliced(self, x: Tensor) -> Tensor:
+        if self.training:  # batch norm looks at the whole batch
+            return self.proj(x)
+        return in_slices(self.proj, x, widest=self.proj[0].out_channels // 4)  # of half the resolution
 
 
 class Downsample(nn.Module):

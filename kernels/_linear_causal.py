@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from visionattn.kernels._linear_forms import coefficients, rotate_pairs
+from visionattn.kernels.linear_forms import coefficients, rotate_pairs
 
 CHUNK = 64
 

@@ -11,23 +11,26 @@ from __future__ import annotations
 import contextlib
 import math
 import operator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from visionattn.kernels import _dispatch
+from visionattn.kernels import _dispatch, _linear_eager
 from visionattn.kernels._linear_causal import mix_causal
-from visionattn.kernels._linear_forms import (
+from visionattn.kernels._linear_triton import linear_attention_triton, unsupported
+from visionattn.kernels.linear_forms import (
     FEATURE_MAPS,
     NORMALIZERS,
-    FeatureMap,
     Form,
     away_from_zero,
-    map_features,
+    features,
     mix,
+    precise,
     rotate_pairs,
 )
 
+FeatureMap = str | Callable[[Tensor], Tensor]
 Rotary = tuple[Tensor, Tensor]
 
 
@@ -43,7 +46,7 @@ def linear_attention_reference(
 ) -> Tensor:
     """Every weight of every pair. Arguments as in :func:`linear_attention`, with one axis of positions."""
     M, s, eps = k.shape[1], form.scale, form.eps
-    query, key = map_features(q, form.query_map), map_features(k, form.key_map)
+    query, key = features(precise(q), form.query_map), features(precise(k), form.key_map)
     total = torch.einsum("bnhd,bmhd->bhnm", query, key)  # by what a similarity is normalized: never rotated
     if form.rank_augmented:
         key_weights = torch.einsum("bhd,bmhd->bmh", s * query.mean(1), key).softmax(1)
@@ -82,16 +85,24 @@ def linear_attention_torch(
     gate: Tensor | None = None,
 ) -> Tensor:
     """The fastest form known in plain PyTorch operators. Arguments as in :func:`linear_attention_reference`."""
-    query, key = map_features(q, form.query_map), map_features(k, form.key_map)
-    value = v.to(query.dtype)
-    weights = None if key_weights is None else key_weights.to(query.dtype)
     if rotary is not None:
-        rotary = rotary[0].to(query.dtype), rotary[1].to(query.dtype)
+        rotary = precise(rotary[0]).to(precise(q).dtype), precise(rotary[1]).to(precise(q).dtype)
+    arguments = (q, k, v, key_weights, residual, gate)
+    samples = _linear_eager.samples_at_a_time(q)
+    if samples >= q.shape[0]:
+        return _mixed(form, rotary, *arguments)
+    slices = zip(*([None] * q.shape[0] if t is None else t.split(samples) for t in arguments), strict=False)
+    return torch.cat([_mixed(form, rotary, *parts) for parts in slices])
+
+
+def _mixed(form: Form, rotary: Rotary | None, q, k, v, key_weights, residual, gate) -> Tensor:
+    query, key, value = features(precise(q), form.query_map), features(precise(k), form.key_map), precise(v)
+    weights = None if key_weights is None else key_weights.to(query.dtype)
+    options = (form.normalizer, form.scale, form.eps, rotary, weights)
     if form.causal:
-        out = mix_causal(query, key, value, form.normalizer, form.scale, form.eps, rotary, weights)
+        out = mix_causal(query, key, value, *options)
     else:
-        options = (form.normalizer, form.scale, form.eps, rotary, weights, form.rank_augmented)
-        out = mix(query, key, value, *options)
+        out = mix(query, key, value, *options, form.rank_augmented)
     return _epilogue(out.to(v.dtype), residual, gate)
 
 
@@ -168,16 +179,21 @@ def linear_attention(
         q, k, v, residual, gate = (None if t is None else t.flatten(1, -3) for t in (q, k, v, residual, gate))
         key_weights = None if key_weights is None else key_weights.flatten(1, -2)
     scale = operator.index(q.shape[-1]) ** -0.5 if scale is None else float(scale)
-    form = Form(query_map, key_map, normalizer, scale, float(eps), rank_augmented, causal)
     cast = torch.autocast(q.device.type, enabled=False) if _dispatch.autocasting(q) else contextlib.nullcontext()
     q, k, v, residual, gate = _dispatch.autocast(q, k, v, residual, gate)
-    chosen = _dispatch.choose("linear_attention", q, backend, lambda: "there are no kernels for it")
+    if not isinstance(query_map, str):
+        q, query_map = query_map(q), "identity"
+    if not isinstance(key_map, str):
+        k, key_map = key_map(k), "identity"
+    form = Form(query_map, key_map, normalizer, scale, float(eps), rank_augmented, causal)
+    chosen = _dispatch.choose("linear_attention", q, backend, lambda: unsupported(q, v, form))
     with cast:
         out = _IMPLEMENTATIONS[chosen](q, k, v, form, rotary, key_weights, residual, gate)
     return out.unflatten(1, spatial) if len(spatial) > 1 else out
 
 
 _IMPLEMENTATIONS = {
+    "triton": linear_attention_triton,
     "torch": linear_attention_torch,
     "reference": linear_attention_reference,
 }

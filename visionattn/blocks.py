@@ -102,9 +102,9 @@ class Linear(nn.Linear):
         onednn = x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
         if not onednn or x.dim() < 3 or torch.is_autocast_enabled("cpu"):
             return F.linear(x, self.weight, self.bias)
-        # On one thread PyTorch leaves convolutions of less than 16 samples to MKL.
+        # On one thread PyTorch leaves convolutions of less than 16 samples to MKL; many small ones are slow.
         positions = x.shape[:-1].numel()
-        samples = 16 if positions % 16 == 0 else len(x)
+        samples = next((n for n in range(16, min(64, positions // 4) + 1) if positions % n == 0), len(x))
         if positions == 0 or (samples < 16 and torch.get_num_threads() == 1):
             return F.linear(x, self.weight, self.bias)
         y = x.reshape(samples, -1, 1, self.in_features).permute(0, 3, 1, 2)

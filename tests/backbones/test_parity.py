@@ -56,11 +56,11 @@ CASES = [
     Case("dinat/dinat_small", "dinat_small", 1.5e-6, NAT_MAPS, nhwc=True),
     Case("dinat/dinat_s_tiny", "dinat_s_tiny", 1.5e-6, NAT_MAPS, nhwc=True),
     # 2e-6 tells the smallest of the mistakes tried, a wrong eps in one of the norms (4e-6), from rounding (8e-7).
-    Case("ravlt/ravlt_t", "ravlt_t", 2e-6, RAVLT_MAPS),
-    Case("ravlt/ravlt_t_256x192", "ravlt_t", 2e-6, RAVLT_MAPS),
-    Case("ravlt/ravlt_s", "ravlt_s", 2e-6, RAVLT_MAPS),
-    Case("mavit/mavit_t", "mavit_t", 2e-6, RAVLT_MAPS),
-    Case("mavit/mavit_s", "mavit_s", 2e-6, RAVLT_MAPS),
+    Case("ravlt/ravlt_t", "ravlt_t", 2e-6, RAVLT_MAPS, map_tolerance=3e-6),
+    Case("ravlt/ravlt_t_256x192", "ravlt_t", 2e-6, RAVLT_MAPS, map_tolerance=3e-6),
+    Case("ravlt/ravlt_s", "ravlt_s", 2e-6, RAVLT_MAPS, map_tolerance=3e-6),
+    Case("mavit/mavit_t", "mavit_t", 2e-6, RAVLT_MAPS, map_tolerance=3e-6),
+    Case("mavit/mavit_s", "mavit_s", 2e-6, RAVLT_MAPS, map_tolerance=3e-6),
     # 5e-6 tells a wrong eps (6e-6) from rounding (1e-6), which sampling at computed places amplifies in the maps.
     Case("litv2/litv2_small", "litv2_small", 5e-6, LITV2_MAPS, map_tolerance=1e-5),
     Case("litv2/litv2_medium", "litv2_medium", 5e-6, LITV2_MAPS, map_tolerance=1e-5),

@@ -18,15 +18,27 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from visionattn.kernels import _neighborhood_kernels, _neighborhood_launch, _triton, depthwise_conv2d, gated_pointwise
+from visionattn.kernels import (
+    _linear_kernels,
+    _linear_triton,
+    _neighborhood_kernels,
+    _neighborhood_launch,
+    _triton,
+    depthwise_conv2d,
+    gated_pointwise,
+)
 
 depthwise, pointwise = (sys.modules[op.__module__] for op in (depthwise_conv2d, gated_pointwise))
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
-SIZES = ("n_runs", "runs_per_row", "C", "H", "W", "dilation", "M", "D", "heads")
+SIZES = ("N", "n_runs", "runs_per_row", "C", "H", "W", "dilation", "M", "D", "heads")
 TUPLES = {"shape": 3, "dilation": 3, "tiles": 2} | {f"{name}_strides": 5 for name in ("grad", "q", "k", "v", "out")}
+LINEAR_STRIDES = tuple(f"{name}_strides" for name in "kvwqrgo")
 SUMS = ("lse", "delta", "bias_parts")
+LINEAR_SUMS = ("weights", "cos", "sin", "state", "key_sum", "value_sum", "value_mean", "dstate", "dkey_sum")
+LINEAR_SUMS += ("dvalue_sum", "dvalue_mean", "dweights")
+LINEAR = [(64, 64), (96, 96), (32, 32), (24, 24)]  # features, width of a value
 NEIGHBORHOOD = [  # head dim, window, ranks of the longest residue, whether there is dilation
     (32, (1, 7, 7), (1, 56, 56), False),
     (32, (1, 7, 7), (1, 14, 14), True),
@@ -54,6 +66,7 @@ def launches(dtype: str, every: bool):
             constants = {"C": C, "HAS_BIAS": True, "ACC": acc, "PRECISION": precision}
             yield pointwise._gated_pointwise_fwd, config | constants, D % 16 == 0
     yield from neighborhood_launches(dtype, acc, every)
+    yield from linear_launches(dtype, acc, every)
 
 
 def neighborhood_launches(dtype: str, acc: tl.dtype, every: bool):
@@ -72,6 +85,22 @@ def neighborhood_launches(dtype: str, acc: tl.dtype, every: bool):
                     yield kernel, config | constants, D % 16 == 0
 
 
+def linear_launches(dtype: str, acc: tl.dtype, every: bool):
+    kernels, launch = _linear_kernels, _linear_triton
+    form = {"MAP": "elu+1", "ROTARY": True, "ACC": acc, "PRECISION": launch.precision(DTYPES[dtype])}
+    epilogue = {"NORMALIZER": "magnitude", "RESIDUAL": True, "GATE": True}
+    widest = launch.MAX_WIDTH[DTYPES[dtype].itemsize]
+    for D, V in [sizes for sizes in LINEAR if max(sizes) <= widest] if every else LINEAR[:1]:
+        for name, kernel, rest in (
+            (launch.KEYS, kernels._linear_keys, {"WEIGHTED": True, "STEPS": 16}),
+            (launch.QUERIES, kernels._linear_queries, epilogue),
+            (launch.QUERIES_BWD, kernels._linear_queries_bwd, epilogue | {"STEPS": 16}),
+            (launch.KEYS_BWD, kernels._linear_keys_bwd, {"WEIGHTED": True}),
+        ):
+            config = launch.launch_config(name, D, V, DTYPES[dtype])
+            yield kernel, config | form | rest | {"D": D, "V": V}, D % 16 == 0
+
+
 def compiled(kernel, dtype: str, constants: dict, divisible: bool, target: GPUTarget):
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
     sums = "fp64" if dtype == "fp64" else "fp32"
@@ -85,12 +114,19 @@ def compiled(kernel, dtype: str, constants: dict, divisible: bool, target: GPUTa
             if divisible and name.endswith("strides"):
                 attributes |= {(index, i): [["tt.divisibility", 16]] for i in range(TUPLES[name])}
             continue
-        elif name.startswith("scale"):
+        elif name in LINEAR_STRIDES and kernel.__module__ == _linear_kernels.__name__:
+            signature[name] = ("i32",) * 3
+            if divisible:
+                attributes |= {(index, i): [["tt.divisibility", 16]] for i in range(3)}
+            continue
+        elif name.startswith("scale") or name == "eps":
             signature[name] = "fp32"
         elif name in SIZES:
             signature[name] = "i32"
         else:
-            signature[name] = "*" + (sums if name in SUMS or (partial and name == "out") else dtype)
+            precise = name in SUMS or (partial and name == "out")
+            precise |= kernel.__module__ == _linear_kernels.__name__ and name in LINEAR_SUMS
+            signature[name] = "*" + (sums if precise else dtype)
         if signature[name].startswith("*") or (divisible and name in ("C", "D") and name not in constants):
             attributes[(index,)] = [["tt.divisibility", 16]]
     return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
@@ -121,7 +157,7 @@ def resources(program) -> dict[str, int]:
 
 def main() -> None:
     target, dtypes, extent = sys.argv[1:]
-    for module in (depthwise, pointwise, _neighborhood_kernels):
+    for module in (depthwise, pointwise, _neighborhood_kernels, _linear_kernels):
         _triton.load_kernels(vars(module))
     rows = []
     for dtype in dtypes.split(","):

@@ -12,6 +12,8 @@ COMPILER = str(Path(__file__).with_name("aot_compile.py"))
 TARGETS = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 KERNELS = {"_depthwise_fwd", "_depthwise_bwd_weight", "_gated_pointwise_fwd"}
 KERNELS |= {f"_neighborhood_{name}" for name in ("fwd", "bwd_dq", "bwd_dkv")}
+KERNELS |= {f"_linear_{name}" for name in ("keys", "queries", "queries_bwd", "keys_bwd")}
+FOR_TESTS_IN_FLOAT64 = ("neighborhood", "linear")
 
 
 def compile_and_check(run_python, target, dtypes, every):
@@ -19,7 +21,9 @@ def compile_and_check(run_python, target, dtypes, every):
     assert {row["kernel"] for row in rows} == KERNELS
     for row in rows:
         assert row["shared"] <= TARGETS[target], row
-        if row["dtype"] != "fp64" or "neighborhood" not in row["kernel"]:  # there float64 serves tests only
+        if (
+            row["dtype"] != "fp64" or "depthwise" in row["kernel"] or "pointwise" in row["kernel"]
+        ):  # else for tests only
             assert row["spilled"] <= 32, row  # bytes stored and loaded: four registers
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from visionattn.kernels import focused, linear_attention, rotary_tables
-from visionattn.kernels._linear_forms import FEATURE_MAPS, NORMALIZERS, rotate_pairs
+from visionattn.kernels.linear_forms import FEATURE_MAPS, NORMALIZERS, rotate_pairs
 
 
 def make(N=13, M=None, h=2, D=8, V=None, B=2, dtype=torch.float64, seed=0):

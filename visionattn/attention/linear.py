@@ -5,9 +5,9 @@ import torch.nn.functional as F
 from timm.layers import is_exportable, is_scriptable, register_notrace_module, use_fused_attn
 from torch import Tensor, nn
 
-from visionattn.blocks import Linear
+from visionattn.blocks import Linear, in_slices
 from visionattn.kernels import linear_attention, rotary_tables
-from visionattn.kernels._linear_forms import FEATURE_MAPS, NORMALIZERS, features, mix, precise, rotate_pairs
+from visionattn.kernels.linear_forms import FEATURE_MAPS, NORMALIZERS, features, mix, precise, rotate_pairs
 
 __all__ = ["LinearAttention", "MagnitudeAwareAttention", "RankAugmentedAttention", "RotaryAttention"]
 
@@ -63,6 +63,16 @@ class MapAttention(nn.Module):
         self.proj = Linear(dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return self._mixed(x)
+        else:
+            return self._sliced(x)
+
+    @torch.jit.unused
+    def _sliced(self, x: Tensor) -> Tensor:
+        return in_slices(self._mixed, x, self.qkv.out_features, self.dim)
+
+    def _mixed(self, x: Tensor) -> Tensor:
         B, H, W, C = x.shape
         parts = self.qkv(x).flatten(1, 2).unflatten(-1, [-1, self.num_heads, self.head_dim]).unbind(2)  # each B N h D
         q, k, v = parts[0], parts[1], parts[2]

@@ -11,8 +11,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from visionattn.benchmark import plain_ravlt
 from visionattn.benchmark.runner import Candidate, Case, Workload
-from visionattn.kernels import depthwise_conv2d, gated_pointwise, neighborhood_attention
+from visionattn.kernels import (
+    depthwise_conv2d,
+    gated_pointwise,
+    linear_attention,
+    neighborhood_attention,
+    rotary_tables,
+)
 from visionattn.kernels.windows import map_windows
 
 __all__ = ["OPS", "SIZE_SETS", "OpBenchmark", "OpCase", "Size", "op_benchmark", "op_case", "parse_candidate"]
@@ -48,6 +55,7 @@ SIZE_SETS = {
     "van_b0": _sizes("56x56x32 28x28x64 14x14x160 7x7x256"),
     "van_b2": _sizes("56x56x64 28x28x128 14x14x320 7x7x512"),
     "nat_tiny": _sizes("56x56x64 28x28x128 14x14x256 7x7x512"),
+    "ravlt_t": _sizes("56x56x64 28x28x128"),
     "large": _sizes("112x112x64"),
 }
 
@@ -59,10 +67,12 @@ class OpCase:
     Attributes:
         inputs: Positional arguments of every function; floating-point ones get gradients in training mode.
         functions: By name; the first is the baseline unless the user names another.
+        others: Names of functions that compute something else and are measured beside the rest.
     """
 
     inputs: tuple[Tensor, ...]
     functions: dict[str, Callable[..., Tensor]]
+    others: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -145,6 +155,7 @@ def _workload(
         leaves=leaves,
         gradients=lambda: [leaf.grad for leaf in leaves],
         eager=function,
+        comparable=name not in case.others,
     )
 
 
@@ -262,3 +273,88 @@ def neighborhood7(batch: int, size: Size, rand: Callable[..., Tensor]) -> OpCase
 def neighborhood7_plain(batch: int, size: Size, rand: Callable[..., Tensor]) -> OpCase:
     """Neighborhood attention 7x7 without bias."""
     return _neighborhood(batch, size, rand, dilation=1, biased=False)
+
+
+def _einsum_linear(q: Tensor, k: Tensor, v: Tensor, layout: str) -> Tensor:
+    """The plain composition, in either order of heads and tokens."""
+    q, k = torch.nn.functional.elu(q) + 1, torch.nn.functional.elu(k) + 1
+    if layout == "bhnd":
+        q, k, v = (t.transpose(1, 2).contiguous() for t in (q, k, v))
+    state = torch.einsum(f"{layout},{layout[:-1]}e->bhde", k, v)
+    total = torch.einsum(f"{layout},bhd->{layout[:-1]}", q, k.sum(layout.index("n"))) + 1e-6
+    out = torch.einsum(f"{layout},bhde->{layout[:-1]}e", q, state) / total[..., None]
+    return out if layout == "bnhd" else out.transpose(1, 2)
+
+
+def _matmul_linear(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k = torch.nn.functional.elu(q) + 1, torch.nn.functional.elu(k) + 1
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # B h N d
+    total = (q * k.sum(2, keepdim=True)).sum(-1, keepdim=True) + 1e-6
+    return (q @ (k.mT @ v) / total).transpose(1, 2)
+
+
+def _softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+LINEAR_CANDIDATES = ("einsum_bnhd", "einsum_bhnd", "matmul", "torch", "triton", "matmul+compile", "softmax")
+
+
+@op_benchmark("linear_attention", size_set="ravlt_t", candidates=LINEAR_CANDIDATES)
+def linear(batch: int, size: Size, rand: Callable[..., Tensor]) -> OpCase:
+    """Linear attention with elu + 1 and a sum as normalizer, from a fused projection of heads of 64 channels."""
+    heads = max(size.channels // 64, 1)
+    functions = {
+        "einsum_bnhd": partial(_einsum_linear, layout="bnhd"),
+        "einsum_bhnd": partial(_einsum_linear, layout="bhnd"),
+        "matmul": _matmul_linear,
+        **_by_backend(partial(linear_attention, feature_map="elu+1")),
+        "softmax": _softmax_attention,
+    }
+    return OpCase(
+        inputs=(rand(batch, size.height * size.width, 4, heads, size.channels // heads),),
+        functions={name: partial(_on_views, f) for name, f in functions.items()},
+        others=("softmax",),
+    )
+
+
+def _on_views(function: Callable[..., Tensor], qkvo: Tensor, *tables: Tensor) -> Tensor:
+    q, k, v, gate = qkvo.unbind(2)
+    return function(q, k, v, *((gate, tables) if tables else ()))
+
+
+def _framed(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The plain operator of ``plain_ravlt`` with the values as local encoding, and the gate."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+        cos, sin = (t.repeat_interleave(2, -1) for t in tables)
+        y = attend(*(t.transpose(1, 2) for t in (q, k, v)), sin, cos).transpose(1, 2)
+        return (y + v) * gate
+
+    return run
+
+
+def _rotary_linear(batch: int, size: Size, rand: Callable[..., Tensor], plain: Callable, **options) -> OpCase:
+    heads = max(size.channels // 64, 1)
+    qkvo = rand(batch, size.height * size.width, 4, heads, size.channels // heads)
+    tables = rotary_tables(size.height, size.width, size.channels // heads, device=qkvo.device)
+
+    def ours(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, tables: tuple[Tensor, Tensor], backend: str) -> Tensor:
+        options_here = dict(feature_map="elu+1", rotary=tables, residual=v, gate=gate, backend=backend)
+        return linear_attention(q, k, v, **options_here, **options)
+
+    functions = {"plain": _framed(plain), **_by_backend(ours)}
+    return OpCase(inputs=(qkvo,), functions={n: lambda x, f=f: _on_views(f, x, *tables) for n, f in functions.items()})
+
+
+@op_benchmark("rala", size_set="ravlt_t", candidates=("plain", "torch", "triton", "plain+compile"))
+def rala(batch: int, size: Size, rand: Callable[..., Tensor]) -> OpCase:
+    """Rank-augmented linear attention with rotary embedding and gate, between the projections."""
+    return _rotary_linear(batch, size, rand, plain_ravlt._rank_augmented, rank_augmented=True)
+
+
+@op_benchmark("mala", size_set="ravlt_t", candidates=("plain", "torch", "triton", "plain+compile"))
+def mala(batch: int, size: Size, rand: Callable[..., Tensor]) -> OpCase:
+    """Magnitude-aware linear attention with rotary embedding and gate, between the projections."""
+    return _rotary_linear(batch, size, rand, plain_ravlt._magnitude_aware, normalizer="magnitude")

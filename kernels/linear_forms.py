@@ -3,24 +3,24 @@
 Shapes: B batch, N queries, M keys, h heads, D head dim, F features, V width of a value.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visionattn.kernels import _linear_eager
+from visionattn.kernels.tiles import eager
+
 FEATURE_MAPS = ("identity", "relu", "relu2", "elu+1", "exp", "softmax", "focused")
 NORMALIZERS = ("sum", "mean", "none", "inline", "magnitude")
-
-FeatureMap = str | Callable[[Tensor], Tensor]
 
 
 class Form(NamedTuple):
     """What linear attention computes, apart from tensors. See ``linear_attention`` for the meaning of each."""
 
-    query_map: FeatureMap
-    key_map: FeatureMap
+    query_map: str
+    key_map: str
     normalizer: str
     scale: float
     eps: float
@@ -69,13 +69,6 @@ def focused(x: Tensor, power: float = 3.0, scale: Tensor | None = None) -> Tenso
     return sharp * (norm / torch.linalg.vector_norm(sharp, dim=(-2, -1), keepdim=True))
 
 
-def map_features(x: Tensor, feature_map: FeatureMap) -> Tensor:
-    """A named or given feature map in the dtype of sums; a given function sees ``x`` in its own dtype."""
-    if isinstance(feature_map, str):
-        return features(precise(x), feature_map)
-    return precise(feature_map(x))
-
-
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the adjacent pairs (2i, 2i + 1) of the last axis.
 
@@ -84,6 +77,13 @@ def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         cos: Cosines of the angles of every position. [N, D / 2]
         sin: Sines. [N, D / 2]
     """
+    if torch.jit.is_scripting():
+        return _rotate_parts(x, cos, sin)
+    else:
+        return _linear_eager.rotate_pairs(x, cos, sin) if eager(x) else _rotate_parts(x, cos, sin)
+
+
+def _rotate_parts(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     pairs = x.unflatten(-1, [cos.shape[-1], 2])
     a, b = pairs[..., 0], pairs[..., 1]
     cos, sin = cos[:, None], sin[:, None]
@@ -153,6 +153,21 @@ def global_weights(query: Tensor, key: Tensor, scale: float) -> Tensor:
     return ((key * query.mean(1, keepdim=True)).sum(-1) * scale).softmax(1)
 
 
+def _products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """``query (key^T value)`` of every head. [B, N, h, F], [B, M, h, F], [B, M, h, V] to [B, N, h, V]"""
+    if torch.jit.is_scripting():
+        return _matrix_products(query, key, value)
+    elif _linear_eager.prefers_convolutions(query, key, value):
+        return _linear_eager.products(query, key, value)
+    else:
+        return _matrix_products(query, key, value)
+
+
+def _matrix_products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    state = key.permute(0, 2, 3, 1) @ value.transpose(1, 2)  # B h F V
+    return (query.transpose(1, 2) @ state).transpose(1, 2)
+
+
 def mix(
     query: Tensor,
     key: Tensor,
@@ -184,8 +199,7 @@ def mix(
     total = (query * key.sum(1, keepdim=True)).sum(-1, keepdim=True)
     if rotary is not None:
         query, key = rotate_pairs(query, rotary[0], rotary[1]), rotate_pairs(key, rotary[0], rotary[1])
-    state = key.permute(0, 2, 3, 1) @ value.transpose(1, 2)  # B h F V
-    out = (query.transpose(1, 2) @ state).transpose(1, 2)
+    out = _products(query, key, value)
     factor, shift = coefficients(total, value.shape[1], normalizer, scale, eps)
     if shift is None:
         return out * factor
