@@ -24,6 +24,7 @@ SMALLER = {
     "python train.py fit": "--model.pretrained false --out runs/van_b0-1 --data.batch_size 2 --data.num_workers 0 "
     "--data.img_size 64 --trainer.max_epochs 1 --trainer.limit_train_batches 1 --trainer.limit_val_batches 1",
     "python train.py predict": "",
+    "python -m visionattn weights": "",
     "python -m visionattn.benchmark": "--batch 1 --img-size 64 --repeats 3 --seconds 1 --mode infer "
     "--candidates plain,ours",
 }

@@ -9,10 +9,11 @@ from visionattn.hub.errors import WeightsError, amount, one_line
 from visionattn.hub.locate import added_file, weights_file
 from visionattn.hub.settings import settings
 from visionattn.weights import checkpoints, link
-from visionattn.zoo import convert as converting
-from visionattn.zoo import publish
-from visionattn.zoo import verify as verifying
+from visionattn.zoo.convert import add as add_file
+from visionattn.zoo.convert import convert as convert_file
+from visionattn.zoo.publish import push as push_checkpoint
 from visionattn.zoo.table import COLUMNS, cells, find, markdown
+from visionattn.zoo.verify import verify as verify_file
 
 Task = Literal["classify", "detect", "segment", "restore"]
 Kind = Literal["direct", "hub", "browser", "bundled", "none"]
@@ -98,7 +99,7 @@ def verify(names: list[str], forward: bool = True) -> None:
         wild = any(c in pattern for c in "*?")
         matching = [n for n in find(pattern, published=True) if weights_file(n, download=False)] if wild else [pattern]
         for name in matching:
-            result = verifying.verify(name, forward)
+            result = verify_file(name, forward)
             failed |= "hash" not in result or any("DIFFERS" in v or "FAILED" in v for v in result.values())
             print("\n  ".join([name, *(f"{key}: {value}" for key, value in result.items())]))
     if failed:
@@ -113,7 +114,7 @@ def convert(source: str, target: str, model: str | None = None) -> None:
         target: File to write, *.safetensors.
         model: Which model it is of, if its tensors do not tell.
     """
-    print("\n".join(converting.convert(source, target, model).lines()))
+    print("\n".join(convert_file(source, target, model).lines()))
     print(f"wrote {target}")
 
 
@@ -124,7 +125,7 @@ def add(name: str, file: str) -> None:
         name: Model and tag, such as van_b0.in1k or van_b0.mine.
         file: A checkpoint, such as one saved from a browser.
     """
-    print("\n".join(converting.add(name, file).lines()))
+    print("\n".join(add_file(name, file).lines()))
     print(f'next: timm.create_model("{name}", pretrained=True)')
 
 
@@ -146,7 +147,7 @@ def push(
         license: Of the weights.
         private: Make a new repository private.
     """
-    folder = publish.push(checkpoint, out, repo, weights, license, private)
+    folder = push_checkpoint(checkpoint, out, repo, weights, license, private)
     source = f"hf-hub:{repo}" if repo else f"local-dir:{folder}"
     print(f'wrote {folder}\nnext: timm.create_model("{source}", pretrained=True)')
 

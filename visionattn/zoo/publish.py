@@ -56,9 +56,8 @@ def push(
     net.pretrained_cfg |= dict(license=license, tag=None) | {
         key: tuple(value) if isinstance(value, list) else value for key, value in preprocess.items()
     }
-    for key in ("paper_ids", "origin_url", "description", "notes"):
-        if key in ("description", "notes"):
-            net.pretrained_cfg.pop(key, None)
+    for key in ("description", "notes"):  # of other weights
+        net.pretrained_cfg.pop(key, None)
     config = dict(label_names=names, num_classes=card["num_classes"])
     save_for_hf(net, folder, config, model_args=card["model_args"], safe_serialization=True, data_config=preprocess)
     settings = training_settings(content, Path(checkpoint))
