@@ -18,8 +18,9 @@ PROGRAMS = 512  # enough for every GPU; a sum over tokens is split until there a
 MAX_STEPS = 16
 
 
-def launch_config(kernel: str, D: int, V: int, dtype: torch.dtype) -> dict[str, int]:
+def launch_config(kernel: str, D: int, V: int, dtype: torch.dtype, hip: bool) -> dict[str, int]:
     """Sizes of one launch. Few on purpose: all of them are compiled ahead of time in the tests."""
+    backward = kernel in (QUERIES_BWD, KEYS_BWD)
     block_d, block_v = max(16, _power_of_2(D // 2)), max(16, _power_of_2(V))
     wide = block_d * block_v > 2048
     block_n = {KEYS: 64 if dtype.itemsize <= 2 else 32, QUERIES: 64, QUERIES_BWD: 16, KEYS_BWD: 32}[kernel]
@@ -28,8 +29,8 @@ def launch_config(kernel: str, D: int, V: int, dtype: torch.dtype) -> dict[str, 
         "BLOCK_N": 16 if dtype.itemsize == 8 else max(16, block_n // 2) if wide else block_n,
         "BLOCK_D": block_d,
         "BLOCK_V": block_v,
-        "num_warps": 8 if many else 4,
-        "num_stages": 1 if kernel in (QUERIES_BWD, KEYS_BWD) else 2,
+        "num_warps": 8 if many and not (hip and backward) else 4,  # AMD's have twice the registers if they are few
+        "num_stages": 1 if backward else 2,
     }
 
 
@@ -46,16 +47,17 @@ def _steps(length: int, heads: int, block: int) -> int:
     return steps
 
 
-def precision(dtype: torch.dtype) -> str:
+def precision(dtype: torch.dtype, hip: bool) -> str:
     """How products are formed: TF32 for 16-bit inputs, whose rounding it does not add to, and where the user allows."""
-    tf32 = torch.version.hip is None and (dtype.itemsize == 2 or torch.backends.cuda.matmul.allow_tf32)
+    tf32 = not hip and (dtype.itemsize == 2 or torch.backends.cuda.matmul.allow_tf32)
     return "tf32" if tf32 else "ieee"
 
 
 def _constants(kernel: str, q: Tensor, v: Tensor, **extra) -> dict:
     D, V = q.shape[-1], v.shape[-1]
-    config = launch_config(kernel, D, V, v.dtype)
-    return {"D": D, "V": V, "ACC": _triton.accumulator(v.dtype), "PRECISION": precision(v.dtype), **config, **extra}
+    hip = torch.version.hip is not None
+    config = launch_config(kernel, D, V, v.dtype, hip) | {"PRECISION": precision(v.dtype, hip)}
+    return {"D": D, "V": V, "ACC": _triton.accumulator(v.dtype), **config, **extra}
 
 
 def _strides(x: Tensor | None) -> tuple[int, int, int]:

@@ -52,7 +52,7 @@ NEIGHBORHOOD = [  # head dim, window, ranks of the longest residue, whether ther
 ]
 
 
-def launches(dtype: str, every: bool):
+def launches(dtype: str, every: bool, hip: bool):
     """Yield kernel, constants and the divisibility by 16 of its channel counts, for every launch of a dtype."""
     acc = tl.float64 if dtype == "fp64" else tl.float32
     for C, config in depthwise.launch_configs(DTYPES[dtype]):
@@ -66,7 +66,7 @@ def launches(dtype: str, every: bool):
             constants = {"C": C, "HAS_BIAS": True, "ACC": acc, "PRECISION": precision}
             yield pointwise._gated_pointwise_fwd, config | constants, D % 16 == 0
     yield from neighborhood_launches(dtype, acc, every)
-    yield from linear_launches(dtype, acc, every)
+    yield from linear_launches(dtype, acc, every, hip)
 
 
 def neighborhood_launches(dtype: str, acc: tl.dtype, every: bool):
@@ -85,9 +85,9 @@ def neighborhood_launches(dtype: str, acc: tl.dtype, every: bool):
                     yield kernel, config | constants, D % 16 == 0
 
 
-def linear_launches(dtype: str, acc: tl.dtype, every: bool):
+def linear_launches(dtype: str, acc: tl.dtype, every: bool, hip: bool):
     kernels, launch = _linear_kernels, _linear_triton
-    form = {"MAP": "elu+1", "ROTARY": True, "ACC": acc, "PRECISION": launch.precision(DTYPES[dtype])}
+    form = {"MAP": "elu+1", "ROTARY": True, "ACC": acc, "PRECISION": launch.precision(DTYPES[dtype], hip)}
     epilogue = {"NORMALIZER": "magnitude", "RESIDUAL": True, "GATE": True}
     widest = launch.MAX_WIDTH[DTYPES[dtype].itemsize]
     for D, V in [sizes for sizes in LINEAR if max(sizes) <= widest] if every else LINEAR[:1]:
@@ -97,7 +97,7 @@ def linear_launches(dtype: str, acc: tl.dtype, every: bool):
             (launch.QUERIES_BWD, kernels._linear_queries_bwd, epilogue | {"STEPS": 16}),
             (launch.KEYS_BWD, kernels._linear_keys_bwd, {"WEIGHTED": True}),
         ):
-            config = launch.launch_config(name, D, V, DTYPES[dtype])
+            config = launch.launch_config(name, D, V, DTYPES[dtype], hip)
             yield kernel, config | form | rest | {"D": D, "V": V}, D % 16 == 0
 
 
@@ -161,7 +161,7 @@ def main() -> None:
         _triton.load_kernels(vars(module))
     rows = []
     for dtype in dtypes.split(","):
-        for kernel, constants, divisible in launches(dtype, extent == "every"):
+        for kernel, constants, divisible in launches(dtype, extent == "every", target.startswith("gfx")):
             row = {"kernel": kernel.__name__, "dtype": dtype, "divisible": divisible}
             row |= {name: value for name, value in constants.items() if name != "ACC"}
             rows.append(row | resources(compiled(kernel, dtype, dict(constants), divisible, TARGETS[target])))
