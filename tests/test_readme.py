@@ -1,4 +1,4 @@
-"""Every command and snippet of the README runs, on data small enough for a test."""
+"""Every command of the README and every snippet of it and of docs/ runs, on data small enough for a test."""
 
 import os
 import re
@@ -30,15 +30,21 @@ SMALLER = {
 }
 
 
-@pytest.mark.parametrize("number", range(len(re.findall(r"```python\n", README))))
-def test_snippet_runs(number):
-    code = re.findall(r"```python\n(.*?)```", README, re.S)[number]
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in
+         (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))}  # fmt: skip
+SNIPPETS = {f"{page}-{i}": code for page, text in PAGES.items()
+            for i, code in enumerate(re.findall(r"```python\n(.*?)```", text, re.S))}  # fmt: skip
 
 
-def test_links_and_pictures_exist():
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / target).is_file(), target
+@pytest.mark.parametrize("name", SNIPPETS)
+def test_snippet_runs(name):
+    subprocess.run([sys.executable, "-c", SNIPPETS[name]], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_pictures_exist(page):
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", PAGES[page]):
+        assert ((ROOT / page).parent / target).is_file(), target
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make ")])

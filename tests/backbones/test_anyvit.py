@@ -9,7 +9,7 @@ from torch import nn
 import visionattn.attention
 from visionattn.attention import LargeKernelAttention, SoftmaxAttention
 
-TINY = dict(img_size=8, patch_size=1, embed_dim=32, depth=2, num_heads=2, mlp_ratio=2, num_classes=10, in_chans=1)
+TINY = dict(img_size=8, patch_size=2, embed_dim=32, depth=2, num_heads=2, mlp_ratio=2, num_classes=10, in_chans=1)
 PLAIN = dict(rotary=False, lepe_kernel=0, gate=False)
 
 
@@ -23,7 +23,7 @@ class LargeKernelMixer(LargeKernelAttention):
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
-# Mixer (in visionattn.attention, or a class), its arguments, and the share of unseen digits it must get right after 120
+# Mixer (in visionattn.attention, or a class), its arguments, and the share of unseen digits it must get right after 250
 # steps: a few per cent below what it gets on two machines and versions.
 MIXERS = {
     "softmax": ("SoftmaxAttention", {}, 0.8),
@@ -31,7 +31,7 @@ MIXERS = {
     "softplus": ("SoftplusAttention", {}, 0.8),
     "flow": ("FlowAttention", {}, 0.8),
     "hedgehog": ("HedgehogAttention", {}, 0.8),
-    "hedgehog_window": ("HedgehogAttention", dict(causal=True, window=8), 0.8),
+    "hedgehog_window": ("HedgehogAttention", dict(causal=True, window=4), 0.8),
     "elu+1": ("LinearAttention", dict(feature_map="elu+1", **PLAIN), 0.8),
     "relu2": ("LinearAttention", dict(feature_map="relu2", **PLAIN), 0.8),
     "softmax_features": ("LinearAttention", dict(feature_map="softmax", **PLAIN), 0.8),
@@ -41,10 +41,11 @@ MIXERS = {
     "mala": ("MagnitudeAwareAttention", {}, 0.8),
     "rotary": ("RotaryAttention", {}, 0.8),
     "lepe": ("LePEAttention", {}, 0.8),
-    "bilevel": ("BiLevelRoutingAttention", dict(n_win=4, topk=2), 0.8),
+    "bilevel": ("BiLevelRoutingAttention", dict(n_win=2, topk=2), 0.8),
     "neighborhood": ("NeighborhoodAttention", dict(kernel_size=3), 0.8),
-    "halo": ("HaloAttention", dict(block_size=4, halo_size=1), 0.8),
+    "halo": ("HaloAttention", dict(block_size=2, halo_size=1), 0.8),
     "circular": ("CircularWindowAttention", dict(radius=2), 0.8),
+    "hilo": ("HiLoAttention", dict(window_size=2), 0.8),
     "large_kernel": (LargeKernelMixer, {}, 0.8),
 }
 COVERED_OTHERWISE = {"LargeKernelAttention", "CrossFlowAttention", "HedgehogFeatures"}  # no mixers of a grid
@@ -58,7 +59,9 @@ def build(name: str, **kwargs) -> nn.Module:
 
 def test_every_mixer_of_the_library_is_compared():
     compared = {mixer for mixer, _, _ in MIXERS.values() if isinstance(mixer, str)}
-    assert compared | COVERED_OTHERWISE == set(visionattn.attention.__all__)
+    names = visionattn.attention.__all__
+    layers = {name for name in names if isinstance(getattr(visionattn.attention, name), type)}
+    assert compared | COVERED_OTHERWISE == layers
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +75,19 @@ def digits():
     return images[:1437], labels[:1437], images[1437:], labels[1437:]
 
 
-def train(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, steps: int = 120) -> list[float]:
+@pytest.fixture
+def one_thread():
+    """Networks this small only wait when their work is divided, most of all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def train(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, steps: int = 250) -> list[float]:
     """Losses of a short training."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps, pct_start=0.1)
     losses = []
     for _ in range(steps):
         batch = torch.randint(len(images), (64,))
@@ -93,7 +105,7 @@ BY_DEFAULT = ("flow",)
 
 
 @pytest.mark.parametrize("name", [n if n in BY_DEFAULT else pytest.param(n, marks=pytest.mark.slow) for n in MIXERS])
-def test_every_mixer_learns_digits(name, digits):
+def test_every_mixer_learns_digits(name, digits, one_thread):
     images, labels, unseen, answers = digits
     model = build(name)
     losses = train(model, images, labels)
@@ -105,7 +117,7 @@ def test_every_mixer_learns_digits(name, digits):
 
 
 @pytest.mark.parametrize("name", MIXERS)
-def test_every_mixer_runs_forward_and_backward(name):
+def test_every_mixer_runs_forward_and_backward(name, one_thread):
     model = build(name, depth=1, embed_dim=16)
     model(torch.randn(2, 1, 8, 8)).square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from visionattn.benchmark import plain_ravlt
+from visionattn.benchmark.plain_flowformer import plain_flow_attention
 from visionattn.benchmark.runner import Candidate, Case, Workload
 from visionattn.kernels import (
     depthwise_conv2d,
+    flow_attention,
     gated_pointwise,
     linear_attention,
     neighborhood_attention,
@@ -56,6 +58,7 @@ SIZE_SETS = {
     "van_b2": _sizes("56x56x64 28x28x128 14x14x320 7x7x512"),
     "nat_tiny": _sizes("56x56x64 28x28x128 14x14x256 7x7x512"),
     "ravlt_t": _sizes("56x56x64 28x28x128"),
+    "flowformer": _sizes("56x56x96 28x28x192 14x14x384 7x7x768"),
     "large": _sizes("112x112x64"),
 }
 
@@ -358,3 +361,15 @@ def rala(batch: int, size: Size, rand: Callable[..., Tensor]) -> OpCase:
 def mala(batch: int, size: Size, rand: Callable[..., Tensor]) -> OpCase:
     """Magnitude-aware linear attention with rotary embedding and gate, between the projections."""
     return _rotary_linear(batch, size, rand, plain_ravlt._magnitude_aware, normalizer="magnitude")
+
+
+@op_benchmark("flow", size_set="flowformer", candidates=("plain", "torch", "plain+compile", "torch+compile"))
+def flow(batch: int, size: Size, rand: Callable[..., Tensor]) -> OpCase:
+    """Flow attention of 12 heads from a fused projection, against the authors' composition."""
+
+    def attend(qkv: Tensor) -> Tensor:
+        q, k, v = qkv.unflatten(-1, (3, 12, -1)).unbind(2)
+        return flow_attention(q, k, v, flow_eps=1e-6).flatten(2)
+
+    inputs = (rand(batch, size.height * size.width, 3 * size.channels),)
+    return OpCase(inputs=inputs, functions={"plain": partial(plain_flow_attention, num_heads=12), "torch": attend})
