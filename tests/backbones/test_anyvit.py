@@ -24,29 +24,29 @@ class LargeKernelMixer(LargeKernelAttention):
 
 
 # Mixer (in visionattn.attention, or a class), its arguments, and the share of unseen digits it must get right after 250
-# steps: a few per cent below what it gets on two machines and versions.
+# steps: six to eleven per cent below what it got when the floor was set.
 MIXERS = {
-    "softmax": ("SoftmaxAttention", {}, 0.8),
-    "ssa": ("SelectiveAttention", {}, 0.8),
-    "softplus": ("SoftplusAttention", {}, 0.8),
-    "flow": ("FlowAttention", {}, 0.8),
-    "hedgehog": ("HedgehogAttention", {}, 0.8),
-    "hedgehog_window": ("HedgehogAttention", dict(causal=True, window=4), 0.8),
-    "elu+1": ("LinearAttention", dict(feature_map="elu+1", **PLAIN), 0.8),
-    "relu2": ("LinearAttention", dict(feature_map="relu2", **PLAIN), 0.8),
-    "softmax_features": ("LinearAttention", dict(feature_map="softmax", **PLAIN), 0.8),
-    "focused": ("LinearAttention", dict(feature_map="focused", normalizer="mean", **PLAIN), 0.8),
-    "inline": ("LinearAttention", dict(feature_map="identity", normalizer="inline", **PLAIN), 0.8),
-    "rala": ("RankAugmentedAttention", {}, 0.8),
-    "mala": ("MagnitudeAwareAttention", {}, 0.8),
-    "rotary": ("RotaryAttention", {}, 0.8),
-    "lepe": ("LePEAttention", {}, 0.8),
-    "bilevel": ("BiLevelRoutingAttention", dict(n_win=2, topk=2), 0.8),
-    "neighborhood": ("NeighborhoodAttention", dict(kernel_size=3), 0.8),
-    "halo": ("HaloAttention", dict(block_size=2, halo_size=1), 0.8),
-    "circular": ("CircularWindowAttention", dict(radius=2), 0.8),
-    "hilo": ("HiLoAttention", dict(window_size=2), 0.8),
-    "large_kernel": (LargeKernelMixer, {}, 0.8),
+    "softmax": ("SoftmaxAttention", {}, 0.8), 0.75),
+    "ssa": ("SelectiveAttention", {}, 0.8), 0.75),
+    "softplus": ("SoftplusAttention", {}, 0.8), 0.8),
+    "flow": ("FlowAttention", {}, 0.8), 0.8),
+    "hedgehog": ("HedgehogAttention", {}, 0.8), 0.65),
+    "hedgehog_window": ("HedgehogAttention", dict(causal=True, window=4), 0.8), 0.75),
+    "elu+1": ("LinearAttention", dict(feature_map="elu+1", **PLAIN), 0.8), 0.75),
+    "relu2": ("LinearAttention", dict(feature_map="relu2", **PLAIN), 0.8), 0.8),
+    "softmax_features": ("LinearAttention", dict(feature_map="softmax", **PLAIN), 0.8), 0.75),
+    "focused": ("LinearAttention", dict(feature_map="focused", normalizer="mean", **PLAIN), 0.8), 0.75),
+    "inline": ("LinearAttention", dict(feature_map="identity", normalizer="inline", **PLAIN), 0.8), 0.8),
+    "rala": ("RankAugmentedAttention", {}, 0.8), 0.9),
+    "mala": ("MagnitudeAwareAttention", {}, 0.8), 0.9),
+    "rotary": ("RotaryAttention", {}, 0.8), 0.9),
+    "lepe": ("LePEAttention", {}, 0.8), 0.9),
+    "bilevel": ("BiLevelRoutingAttention", dict(n_win=2, topk=2), 0.8), 0.85),
+    "neighborhood": ("NeighborhoodAttention", dict(kernel_size=3), 0.8), 0.75),
+    "halo": ("HaloAttention", dict(block_size=2, halo_size=1), 0.8), 0.85),
+    "circular": ("CircularWindowAttention", dict(radius=2), 0.8), 0.75),
+    "hilo": ("HiLoAttention", dict(window_size=2), 0.8), 0.8),
+    "large_kernel": (LargeKernelMixer, {}, 0.8), 0.9),
 }
 COVERED_OTHERWISE = {"LargeKernelAttention", "CrossFlowAttention", "HedgehogFeatures"}  # no mixers of a grid
 
