@@ -304,7 +304,7 @@ def test_model_without_plain_counterpart_still_runs(capsys):
     [
         ("ops lkaa", "unknown operator 'lkaa'; allowed are"),
         ("ops lka --sizes 3x3", "HEIGHTxWIDTHxCHANNELS"),
-        ("ops lka --sizes van", "allowed are van_b0, van_b2, nat_tiny, large"),
+        ("ops lka --sizes van", "allowed are van_b0, van_b2, nat_tiny"),
         ("ops lka --candidates torhc", "allowed are reference, torch, triton"),
         ("ops lka --candidates torch+compil", "allowed are channels_last, compile"),
         ("ops lka --candidates torch --baseline reference", "unknown baseline 'reference'; allowed are torch"),

@@ -4,6 +4,7 @@ A candidate is written ``function[+channels_last][+compile]``: a name from ``OpC
 to channels_last, through ``torch.compile``. Any such combination can be asked for on the command line.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -365,11 +366,13 @@ def mala(batch: int, size: Size, rand: Callable[..., Tensor]) -> OpCase:
 
 @op_benchmark("flow", size_set="flowformer", candidates=("plain", "torch", "plain+compile", "torch+compile"))
 def flow(batch: int, size: Size, rand: Callable[..., Tensor]) -> OpCase:
-    """Flow attention of 12 heads from a fused projection, against the authors' composition."""
+    """Flow attention of up to 12 heads from a fused projection, against the authors' composition."""
+    heads = math.gcd(12, size.channels)
 
-    def attend(qkv: Tensor) -> Tensor:
-        q, k, v = qkv.unflatten(-1, (3, 12, -1)).unbind(2)
-        return flow_attention(q, k, v, flow_eps=1e-6).flatten(2)
+    def attend(qkv: Tensor, backend: str) -> Tensor:
+        q, k, v = qkv.unflatten(-1, (3, heads, -1)).unbind(2)
+        return flow_attention(q, k, v, flow_eps=1e-6, backend=backend).flatten(2)
 
-    inputs = (rand(batch, size.height * size.width, 3 * size.channels),)
-    return OpCase(inputs=inputs, functions={"plain": partial(plain_flow_attention, num_heads=12), "torch": attend})
+    functions = {"plain": partial(plain_flow_attention, num_heads=heads), **_by_backend(attend)}
+    del functions["triton"]  # there are no kernels for it
+    return OpCase(inputs=(rand(batch, size.height * size.width, 3 * size.channels),), functions=functions)
