@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test slow check format gpu bench clean
+.PHONY: help install demo demo-dense test slow check format gpu bench clean
 
 help:  ## List the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
 install: $(VENV)/.installed  ## Make the virtual environment with everything in it
 
@@ -21,6 +21,9 @@ $(VENV)/.installed: pyproject.toml setup.py
 
 demo: install  ## Train a small VAN on handwritten digits, draw what it learned
 	$(BIN)/python -m visionattn.train.demo
+
+demo-dense: install  ## Train a small VAN to segment and one to detect digits on photographs, draw what they find
+	$(BIN)/python -m visionattn.train.demo_dense
 
 test: install  ## Run the default test suite
 	$(PYTEST)

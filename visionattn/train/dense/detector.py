@@ -1,5 +1,6 @@
 """torchvision's detectors on any timm backbone."""
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,15 @@ from visionattn.train.dense.segmenter import DenseNet, create_backbone, normaliz
 from visionattn.train.errors import UserError
 
 DETECTORS = {"faster_rcnn": FasterRCNN, "mask_rcnn": MaskRCNN, "retinanet": RetinaNet, "fcos": FCOS}
+
+
+def accepted(kind: type[nn.Module]) -> set[str]:
+    """Names of the arguments of one of torchvision's detectors; its own check lets unknown ones through."""
+    names = {"size_divisible", "fixed_size"}  # of the transform
+    for base in kind.__mro__:
+        if base in DETECTORS.values():
+            names |= set(inspect.signature(base.__init__).parameters) - {"self", "kwargs"}
+    return names
 
 
 class Detector(DenseNet):
@@ -56,10 +66,12 @@ class Detector(DenseNet):
         mean, std = normalization(name)
         arguments = dict(min_size=tuple(min_size), max_size=max_size, image_mean=mean, image_std=std)
         further = dict(detector_args or {})
+        if unknown := further.keys() - accepted(DETECTORS[detector]) - {"anchor_size"}:
+            raise UserError(f"{detector} does not take model.detector_args {sorted(unknown)}")
+        if detector == "fcos" and (fpn_channels < 64 or fpn_channels % 32):
+            raise UserError(f"model.fpn_channels is {fpn_channels}: FCOS needs a multiple of 32, at least 64")
         # The usual anchors are 8 times the stride of their level, 32 at stride 4; FCOS has points, one per stride.
-        smallest = further.pop(
-            "anchor_size", features.strides[0] * (1 if detector == "fcos" else 4 if not two_stage else 8)
-        )
+        smallest = further.pop("anchor_size", {"fcos": 1, "retinanet": 4}.get(detector, 8) * features.strides[0])
         count = len(backbone.levels) + (1 if two_stage else 2)
         sides = [smallest * 2**level for level in range(count)]
         if two_stage:
@@ -72,8 +84,9 @@ class Detector(DenseNet):
             arguments["anchor_generator"] = AnchorGenerator(octave, [(0.5, 1.0, 2.0)] * count)
         else:
             arguments["anchor_generator"] = AnchorGenerator([(s,) for s in sides], [(1.0,)] * count)
+            arguments["score_thresh"] = 0.05  # as in the paper's evaluation; torchvision's 0.2 costs precision
         try:
-            self.model: nn.Module = DETECTORS[detector](backbone, num_classes + self.background, **arguments, **further)
+            self.model = DETECTORS[detector](backbone, num_classes + self.background, **arguments | further)
         except (TypeError, ValueError) as error:
             raise UserError(f"{detector} does not take model.detector_args {detector_args}: {error}") from error
 
