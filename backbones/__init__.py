@@ -2,11 +2,54 @@
 
 import timm
 
-from visionattn.backbones import anyvit, biformer, dinat, flowformer, litv2, mavit, nat, ravlt, van
+from visionattn.backbones import (
+    agent,
+    anyvit,
+    biformer,
+    dinat,
+    flatten,
+    flowformer,
+    inline,
+    litv2,
+    mavit,
+    nat,
+    ravlt,
+    slab,
+    van,
+)
 
-__all__ = ["anyvit", "biformer", "dinat", "flowformer", "list_models", "litv2", "mavit", "nat", "ravlt", "van"]
+__all__ = [
+    "agent",
+    "anyvit",
+    "biformer",
+    "dinat",
+    "flatten",
+    "flowformer",
+    "inline",
+    "list_models",
+    "litv2",
+    "mavit",
+    "nat",
+    "ravlt",
+    "slab",
+    "van",
+]
 
-_MODULES = (anyvit, biformer, dinat, flowformer, litv2, mavit, nat, ravlt, van)
+_MODULES = (
+    agent,
+    anyvit,
+    biformer,
+    dinat,
+    flatten,
+    flowformer,
+    inline,
+    litv2,
+    mavit,
+    nat,
+    ravlt,
+    slab,
+    van,
+)
 
 
 def list_models(filter: str = "", pretrained: bool = False) -> list[str]:

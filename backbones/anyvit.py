@@ -6,14 +6,14 @@ embedding, the mean of the patches as representation. There is no class token, s
 No published weights.
 """
 
-from collections.abc import Callable, Sequence
-from importlib import import_module
+from collections.abc import Sequence
 
 import torch
 from timm.layers import ClassifierHead, calculate_drop_path_rates, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from visionattn.attention.mixer import MixerLike, find_mixer
 from visionattn.backbone import build_backbone
 from visionattn.blocks import PreNormBlock
 from visionattn.isotropic import Isotropic
@@ -21,27 +21,6 @@ from visionattn.patch_embed import PatchEmbed, resize_position_embedding
 from visionattn.weights import pretrained_cfgs
 
 __all__ = ["AnyViT"]
-
-Mixer = str | Callable[..., nn.Module]
-
-
-def find_mixer(mixer: Mixer) -> Callable[..., nn.Module]:
-    """A mixer, or what its class path ``"package.module.Class"`` names.
-
-    Raises:
-        ValueError: If the path leads nowhere or to something that cannot be called.
-    """
-    found = mixer
-    if isinstance(mixer, str):
-        module, _, name = mixer.rpartition(".")
-        try:
-            found = getattr(import_module(module), name)
-        except (ImportError, AttributeError, ValueError) as error:
-            example = "visionattn.attention.SoftmaxAttention"
-            raise ValueError(f"mixer {mixer!r} cannot be imported: {error}; a class path is {example!r}") from error
-    if not callable(found):
-        raise ValueError(f"mixer must be a class, a function or a class path, got {mixer!r}")
-    return found
 
 
 class AnyViT(Isotropic):
@@ -79,7 +58,7 @@ class AnyViT(Isotropic):
         embed_dim: int = 192,
         depth: int = 12,
         num_heads: int = 3,
-        mixer: Mixer = "visionattn.attention.SoftmaxAttention",
+        mixer: MixerLike = "visionattn.attention.SoftmaxAttention",
         mixer_args: dict | None = None,
         mlp_ratio: float = 4.0,
         layer_scale: float | None = None,

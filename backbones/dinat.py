@@ -5,14 +5,13 @@ Original code: SHI-Labs/Neighborhood-Attention-Transformer (MIT). DiNAT is NAT w
 blocks between Swin's patch embedding and patch merging.
 """
 
-import torch
-import torch.nn.functional as F
-from timm.layers import LayerNorm2d, is_exporting, register_notrace_module
+from functools import partial
+
 from timm.models import generate_default_cfgs, register_model
-from torch import Tensor, nn
 
 from visionattn.backbones.nat import EPS, NAT, checkpoint_filter_fn, create
-from visionattn.blocks import Linear, to_channels_last
+from visionattn.hosts.parts import StridedConv, norm_factory
+from visionattn.hosts.swin import PatchMerging
 from visionattn.weights import pretrained_cfgs
 
 __all__ = ["DiNAT", "DiNATs", "checkpoint_filter_fn"]
@@ -22,60 +21,18 @@ DILATIONS_224 = ((1, 8), (1, 4), (1, 2), (1,))
 DILATIONS_384 = ((1, 13), (1, 6), (1, 3), (1,))
 
 
+NORM = norm_factory("layernorm", EPS)
+
+
 class DiNAT(NAT):
     """Dilated Neighborhood Attention Transformer (Hassani & Shi 2022, arXiv 2209.15001): NAT given ``dilations``."""
-
-
-class PatchEmbed(nn.Module):
-    """4x4 patches of the image, zero-padded to whole patches, then layer norm; the image to [B, dim, H/4, W/4]."""
-
-    def __init__(self, in_chans: int, dim: int, device=None, dtype=None) -> None:
-        dd = {"device": device, "dtype": dtype}
-        super().__init__()
-        self.proj = nn.Conv2d(in_chans, dim, 4, stride=4, **dd)
-        self.norm = LayerNorm2d(dim, eps=EPS, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if is_exporting():  # enough for any size; what does not fill a patch is left out
-            x = F.pad(x, (0, 3, 0, 3))
-        else:
-            x = F.pad(x, (0, -x.shape[3] % 4, 0, -x.shape[2] % 4))
-        return self.norm(self.proj(to_channels_last(x)))
-
-
-@register_notrace_module  # whether it pads depends on the size of the map
-class PatchMerging(nn.Module):
-    """Squares of 2x2 positions side by side, layer norm, linear map to half of their channels; [B, dim, H, W].
-
-    Odd maps are zero-padded before the norm, which counts those zeros.
-    """
-
-    def __init__(self, dim: int, device=None, dtype=None) -> None:
-        dd = {"device": device, "dtype": dtype}
-        super().__init__()
-        self.norm = nn.LayerNorm(4 * dim, eps=EPS, **dd)
-        self.reduction = Linear(4 * dim, 2 * dim, bias=False, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        B, C, H, W = x.shape
-        x = x.permute(0, 2, 3, 1)
-        # The row varies before the column.
-        if is_exporting():  # without branches on sizes
-            x = F.pad(x, (0, 0, 0, 1, 0, 1))
-            left, right = x[:, :, :W:2], x[:, :, 1 : W + 1 : 2]
-            x = torch.cat([left[:, :H:2], left[:, 1 : H + 1 : 2], right[:, :H:2], right[:, 1 : H + 1 : 2]], -1)
-        else:
-            if H % 2 + W % 2 > 0:
-                x = F.pad(x, (0, 0, 0, W % 2, 0, H % 2))
-            x = x.reshape(B, (H + 1) // 2, 2, (W + 1) // 2, 2, C).permute(0, 1, 3, 4, 2, 5).flatten(3)
-        return self.reduction(self.norm(x)).permute(0, 3, 1, 2)
 
 
 class DiNATs(NAT):
     """DiNAT in the layout of Swin (same paper): patch embedding and patch merging in place of convolutions."""
 
-    tokenizer = PatchEmbed
-    downsampler = PatchMerging
+    tokenizer = staticmethod(partial(StridedConv, kernel_size=4, stride=4, whole=True, norm=NORM))
+    downsampler = staticmethod(partial(PatchMerging, norm=NORM))
 
 
 default_cfgs = generate_default_cfgs(

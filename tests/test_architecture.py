@@ -16,9 +16,10 @@ TOP = {"backbones", "kernels", "configs", "weights"}  # folders of the checkout 
 # Low to high: a module imports from its own layer and from lower ones.
 LAYERS = (
     {"kernels", "weights", "configs"},
-    {"blocks", "attention", "checkpoints", "patch_embed", "token_merging"},
+    {"blocks", "attention", "checkpoints", "norms", "patch_embed", "token_merging"},
     {"hub"},
     {"backbone", "features", "isotropic", "natten"},
+    {"hosts"},
     {"backbones"},
     {"train", "benchmark", "zoo", "__main__"},
 )

@@ -18,6 +18,9 @@ __all__ = [
     "crop",
     "in_slices",
     "pad_to_multiple",
+    "Unused",
+    "in_slices",
+    "resize_table",
     "to_channels_last",
 ]
 
@@ -126,16 +129,20 @@ class DepthwiseConv(nn.Conv2d):
         self.plain = is_exportable() or is_scriptable()  # timm's switches: layers built under them use plain operators
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.convolve(x, self.weight, self.bias)
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The convolution with other weights, of which there may be more and of another odd side."""
         x = x.permute(0, 3, 1, 2)
         if torch.jit.is_scripting() or self.plain:
-            x = F.conv2d(x, self.weight, self.bias, padding=self.padding, groups=self.groups)
+            x = F.conv2d(x, weight, bias, padding=[weight.shape[2] // 2] * 2, groups=weight.shape[0])
         else:
-            x = self._fused(x)
+            x = self._fused(x, weight, bias)
         return x.permute(0, 2, 3, 1)
 
     @torch.jit.unused
-    def _fused(self, x: Tensor) -> Tensor:
-        return depthwise_conv2d(x, self.weight, self.bias)
+    def _fused(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return depthwise_conv2d(x, weight, bias)
 
 
 class Mlp(nn.Module):
@@ -251,3 +258,50 @@ class PreNormBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.residual1(x, self.attn(self.norm1(x)))
         return self.residual2(x, self.mlp(self.norm2(x)))
+
+
+def resize_table(table: Tensor, H: int, W: int, mode: str) -> Tensor:
+    """A table of positions at the size of a map, by the centres of its cells; the table itself if it fits.
+
+    Args:
+        table: [n, C, H', W']
+        H: Rows of the map.
+        W: Columns of the map.
+        mode: ``"bilinear"`` or ``"bicubic"``.
+    """
+    known = True
+    if not torch.jit.is_scripting():
+        # While a graph is exported for any size the numbers are symbols, of which nothing must be asked.
+        known = type(H) is int and type(W) is int
+    if known and table.shape[2] == H and table.shape[3] == W:
+        return table
+    precise = table.float() if table.dtype in (torch.float16, torch.bfloat16) else table
+    # Of a table with its channels last, export asks how the strides of the result compare.
+    return F.interpolate(precise.contiguous(), size=[H, W], mode=mode, align_corners=False).to(table.dtype)
+
+
+class Unused(nn.Module):
+    """Parameters that a release holds and its forward pass leaves out, so that checkpoints stay whole.
+
+    The module returns its input. In training the parameters get gradients of zero, since data-parallel training and
+    timm's clients expect one of every parameter.
+
+    Args:
+        shapes: Shape of each parameter by name.
+    """
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], device=None, dtype=None) -> None:
+        super().__init__()
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            for parameter in self.parameters():
+                x = x + 0.0 * parameter.sum().to(x.dtype)
+        return x

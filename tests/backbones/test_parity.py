@@ -38,6 +38,8 @@ LITV2_MAPS = (
     | {f"downsample{i}": f"stages.{i}.downsample" for i in range(1, 4)}
     | {"stage1_dtm_offset": "stages.1.downsample.conv_offset"}
 )
+HOST_MAPS = {f"stage{i}": f"stages.{i}" for i in range(4)}
+DEIT_MAPS = {f"block{i}": f"stages.{i}" for i in (2, 5, 8, 11)}
 CASES = [
     # 1.5e-6 tells the wrong eps of a norm (3.2e-6) or of the flows (2.5e-6) from rounding (7e-7).
     Case("flowformer/flowformer_224", "flowformer", 1.5e-6, FLOW_MAPS),
@@ -64,6 +66,19 @@ CASES = [
     # 5e-6 tells a wrong eps (6e-6) from rounding (1e-6), which sampling at computed places amplifies in the maps.
     Case("litv2/litv2_small", "litv2_small", 5e-6, LITV2_MAPS, map_tolerance=1e-5),
     Case("litv2/litv2_medium", "litv2_medium", 5e-6, LITV2_MAPS, map_tolerance=1e-5),
+    # 2e-6 is five times rounding; a missing bias table moves the logits by 6e-5 at least.
+    Case("agent/agent_swin_t", "agent_swin_t", 2e-6, HOST_MAPS),
+    Case("agent/agent_pvt_t", "agent_pvt_t", 2e-6, HOST_MAPS),
+    Case("agent/agent_cswin_t", "agent_cswin_t", 2e-6, HOST_MAPS),
+    Case("agent/agent_deit_t", "agent_deit_t", 2e-6, DEIT_MAPS),
+    Case("inline/inline_swin_t", "inline_swin_t", 2e-6, HOST_MAPS),
+    Case("inline/inline_pvt_t", "inline_pvt_t", 2e-6, HOST_MAPS),
+    Case("inline/inline_deit_t", "inline_deit_t", 2e-6, DEIT_MAPS),
+    Case("flatten/flatten_swin_t", "flatten_swin_t", 2e-6, HOST_MAPS),
+    Case("flatten/flatten_pvt_t", "flatten_pvt_t", 2e-6, HOST_MAPS),
+    Case("slab/slab_swin_t", "slab_swin_t", 2e-6, HOST_MAPS),
+    Case("slab/slab_pvt_t", "slab_pvt_t", 2e-6, HOST_MAPS),
+    Case("slab/slab_deit_t", "slab_deit_t", 2e-6, DEIT_MAPS),
 ]
 
 
@@ -98,6 +113,8 @@ def test_intermediate_maps_equal_the_authors(run):
     for label in case.maps:
         expected = recorded[label]
         actual = maps[label].permute(0, 2, 3, 1) if case.nhwc and maps[label].ndim == 4 else maps[label]
+        if actual.ndim == 4 and len(expected["shape"]) == 3:
+            actual = actual.flatten(1, 2)  # the authors' grid is a sequence
         assert list(actual.shape) == expected["shape"], label
         sample = actual.reshape(-1)[torch.tensor(expected["index"])]
         assert relative_error(sample, torch.tensor(expected["value"])) < case.map_tolerance, label

@@ -6,9 +6,10 @@ B batch, N positions, h heads, D head dim.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visionattn.attention.mixer import Mixer
 from visionattn.blocks import Linear
 
-__all__ = ["SelfAttention", "SoftmaxAttention"]
+__all__ = ["SelfAttention", "SoftmaxAttention", "SoftmaxMixer"]
 
 
 class SelfAttention(nn.Module):
@@ -62,3 +63,10 @@ class SoftmaxAttention(SelfAttention):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
         y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return y.transpose(1, 2)
+
+
+class SoftmaxMixer(Mixer):
+    """``SoftmaxAttention`` as a host calls it, with prefix tokens and norms folded into it. Arguments of ``Mixer``."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, H: int, W: int, context: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(self.heads(q), self.heads(k), self.heads(v)).transpose(1, 2).flatten(2)

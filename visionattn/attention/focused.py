@@ -1,0 +1,135 @@
+"""Focused linear attention of FLatten and simplified linear attention of SLAB: a sum over keys, then a sum over D."""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import register_notrace_module
+from torch import Tensor, nn
+
+from visionattn.attention.mixer import Mixer
+from visionattn.blocks import DepthwiseConv, Unused, resize_table
+
+__all__ = ["FocusedLinearAttention", "SimplifiedLinearAttention"]
+
+EPS = 1e-6
+KERNEL = 5  # side of the depthwise convolution
+
+
+class _PositionedLinearAttention(Mixer):
+    """What the two share: positions added to the keys, and a depthwise convolution of the values that all heads share.
+
+    Args: those of ``Mixer``.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        input_size: tuple[int, int] = (14, 14),
+        num_prefix_tokens: int = 0,
+        lepe: bool = False,
+        device=None,
+        dtype=None,
+        **host,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        known = dict(input_size=input_size, num_prefix_tokens=num_prefix_tokens, lepe=lepe)
+        super().__init__(dim, num_heads, **known, **host, **dd)
+        self.eps = EPS
+        self.dwc = DepthwiseConv(self.head_dim, KERNEL, **dd)
+        self.get_v = DepthwiseConv(dim, 3, **dd) if lepe else None
+        self.positional_encoding = nn.Parameter(torch.empty(1, *input_size, dim, **dd))
+        P = num_prefix_tokens
+        self.prefix_encoding = nn.Parameter(torch.empty(1, P, dim, **dd)) if P else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Positions start at zero, as the authors' do."""
+        nn.init.zeros_(self.positional_encoding)
+        if self.prefix_encoding is not None:
+            nn.init.zeros_(self.prefix_encoding)
+
+    def positions(self, H: int, W: int) -> Tensor:
+        """What is added to the keys, resized bicubically to the map. [1, N, C]"""
+        table = resize_table(self.positional_encoding.permute(0, 3, 1, 2), H, W, "bicubic")
+        table = table.permute(0, 2, 3, 1).flatten(1, 2)
+        return table if self.prefix_encoding is None else torch.cat([self.prefix_encoding, table], 1)
+
+    def add_local(self, y: Tensor, v: Tensor, H: int, W: int) -> Tensor:
+        """Add the convolutions of the values at the tokens of the map. [B, N, C]"""
+        # Repeated for every head, filters of one convolution of the whole map; the one of the host joins in.
+        weight, bias = self.dwc.weight.repeat(self.num_heads, 1, 1, 1), self.dwc.bias
+        bias = bias if bias is None else bias.repeat(self.num_heads)
+        if self.get_v is not None:
+            weight = weight + F.pad(self.get_v.weight, [1, 1, 1, 1])  # 3x3 to 5x5
+            bias = self.get_v.bias if bias is None else bias + self.get_v.bias
+        local = self.dwc.convolve(self.map(v, H, W), weight, bias).flatten(1, 2)
+        if self.num_prefix_tokens == 0:
+            return y + local
+        return torch.cat([y[:, : self.num_prefix_tokens], y[:, self.num_prefix_tokens :] + local], 1)
+
+
+@register_notrace_module  # whether positions are resized depends on the size of the map
+class FocusedLinearAttention(_PositionedLinearAttention):
+    """``phi(q) (phi(k)^T v) / (phi(q) . sum phi(k)) + dwc(v)`` (FLatten, arXiv 2308.00442).
+
+    phi cubes ``relu(x) / softplus(scale)`` and restores the norm of the whole token, which sharpens its direction.
+
+    Args: those of ``Mixer``.
+    """
+
+    def __init__(self, dim: int, num_heads: int, *, device=None, dtype=None, **host) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__(dim, num_heads, **host, **dd)
+        self.temperature = nn.Parameter(torch.zeros(1, 1, dim, **dd))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if hasattr(self, "temperature"):
+            nn.init.zeros_(self.temperature)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, H: int, W: int, context: Tensor) -> Tensor:
+        sharpness = 1 / F.softplus(self.temperature)
+        k = k + self.positions(H, W)
+        q, k, values = (
+            self.heads(focus(q, sharpness, self.eps)),
+            self.heads(focus(k, sharpness, self.eps)),
+            self.heads(v),
+        )
+        N = k.shape[2]
+        z = 1 / ((q * k.mean(2, keepdim=True)).sum(-1, keepdim=True) + self.eps)
+        state = (k * N**-0.5).transpose(-1, -2) @ (values * N**-0.5).to(k.dtype)
+        y = ((q @ state) * z).to(v.dtype)
+        return self.add_local(y.transpose(1, 2).flatten(2), v, H, W)
+
+
+@register_notrace_module  # whether positions are resized depends on the size of the map
+class SimplifiedLinearAttention(_PositionedLinearAttention):
+    """``relu(q) (relu(k)^T v) / (relu(q) . sum relu(k)) + dwc(v)`` (SLAB, arXiv 2405.11582).
+
+    Args:
+        unused_scale: Hold the ``scale`` of the authors' CSwin, which its forward pass leaves out.
+        host: Arguments of ``Mixer``.
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, unused_scale: bool = False, *, device=None, dtype=None, **host
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__(dim, num_heads, **host, **dd)
+        self.unused = Unused(dict(scale=(1, 1, dim)), **dd) if unused_scale else nn.Identity()
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, H: int, W: int, context: Tensor) -> Tensor:
+        k = F.relu(k + self.positions(H, W))
+        q, k, values = self.heads(F.relu(q)), self.heads(k), self.heads(v)
+        z = 1 / ((q * k.sum(2, keepdim=True)).sum(-1, keepdim=True) + self.eps)
+        y = (q @ (k.transpose(-1, -2) @ values.to(k.dtype))) * z
+        return self.add_local(self.unused(y).to(v.dtype).transpose(1, 2).flatten(2), v, H, W)
+
+
+def focus(x: Tensor, sharpness: Tensor, eps: float) -> Tensor:
+    """Cube of the positive part with the norm of the token kept. [B, N, C]"""
+    x = (F.relu(x) + eps) * sharpness
+    cube = x * x * x
+    norm = torch.linalg.vector_norm(x, dim=[-1], keepdim=True)
+    return cube * (norm / torch.linalg.vector_norm(cube, dim=[-1], keepdim=True))

@@ -1,0 +1,90 @@
+"""InLine attention: linear attention whose weights add up to one by subtraction, and an input-made convolution."""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import register_notrace_module
+from torch import Tensor, nn
+
+from visionattn.attention.mixer import Mixer
+from visionattn.blocks import DepthwiseConv
+from visionattn.kernels import exporting
+
+__all__ = ["InLineAttention"]
+
+SIDE = 3  # of the dynamic convolution
+
+
+@register_notrace_module  # which path runs depends on the tensor
+class InLineAttention(Mixer):
+    """``mean(v) + s q (k^T v / N - mean(k) mean(v)^T) + conv(v)``, with a filter made from mean(x) (arXiv 2412.06590).
+
+    Args: those of ``Mixer``.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        lepe: bool = False,
+        device=None,
+        dtype=None,
+        **host,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__(dim, num_heads, lepe=lepe, **host, **dd)
+        self.residual = nn.Sequential(
+            nn.Conv1d(dim, dim, 1, groups=num_heads, **dd),
+            nn.GELU(),
+            nn.Conv1d(dim, SIDE * SIDE * dim, 1, groups=num_heads, **dd),
+        )
+        self.get_v = DepthwiseConv(dim, SIDE, **dd) if lepe else None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, H: int, W: int, context: Tensor) -> Tensor:
+        filters = self.residual(context.mean(1)[:, :, None]).reshape(q.shape[0], -1, 1, 3, 3)  # B C 1 3 3
+        bias: Tensor | None = None
+        if self.get_v is not None:
+            filters, bias = filters + self.get_v.weight, self.get_v.bias
+        local = self._convolve(self.map(v, H, W), filters.to(v.dtype), bias).flatten(1, 2)
+        y = self._linear(self.heads(q), self.heads(k), self.heads(v)).transpose(1, 2).flatten(2)
+        if self.num_prefix_tokens == 0:
+            return y + local
+        return torch.cat([y[:, : self.num_prefix_tokens], y[:, self.num_prefix_tokens :] + local], 1)
+
+    def _linear(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Each [B, h, N, D]. The means leave the large sums first, so that nothing large cancels."""
+        N = k.shape[2]
+        mean_k, mean_v = k.mean(2, keepdim=True), v.mean(2, keepdim=True)
+        factor = (self.scale / N) ** 0.5  # on both, or half precision would overflow
+        state = (k * factor).transpose(-1, -2) @ (v * factor) - self.scale * mean_k.transpose(-1, -2) * mean_v
+        return q @ state + mean_v
+
+    def _convolve(self, x: Tensor, filters: Tensor, bias: Tensor | None) -> Tensor:
+        """Depthwise convolution of every sample with its own filters. [B, H, W, C], [B, C, 1, 3, 3]"""
+        if not torch.jit.is_scripting():
+            eager = type(x) is Tensor and not (torch.compiler.is_compiling() or exporting())
+            if eager and x.device.type == "cpu":
+                return self._one_by_one(x, filters, bias)
+        B, H, W, C = x.shape
+        y = x.permute(0, 3, 1, 2).reshape(1, B * C, H, W)
+        y = F.conv2d(y, filters.flatten(0, 1), padding=1, groups=B * C).reshape(B, C, H, W).permute(0, 2, 3, 1)
+        return y if bias is None else y + bias
+
+    @torch.jit.unused
+    def _one_by_one(self, x: Tensor, filters: Tensor, bias: Tensor | None) -> Tensor:
+        # One convolution of B * C channels would need the map in the layout that is slow on a CPU.
+        maps = x.permute(0, 3, 1, 2)
+        pairs = zip(maps, filters, strict=True)
+        parts = [F.conv2d(m[None], f, bias, padding=SIDE // 2, groups=len(f)) for m, f in pairs]
+        return torch.cat(parts).permute(0, 2, 3, 1) if parts else torch.empty_like(x)
+
+    @torch.no_grad()
+    def fold_input(self, scale: Tensor, shift: Tensor) -> None:
+        super().fold_input(scale, shift)
+        if not self.stream:  # the filters are made from the input, too
+            first = self.residual[0]
+            groups = self.num_heads
+            bias = (first.weight[:, :, 0].unflatten(0, (groups, -1)) * shift.view(groups, 1, -1)).sum(-1).flatten()
+            weight = first.weight.unflatten(0, (groups, -1)) * scale.view(groups, 1, -1, 1)
+            first.weight = nn.Parameter(weight.flatten(0, 1))
+            first.bias = nn.Parameter(first.bias + bias)

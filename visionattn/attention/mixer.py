@@ -1,0 +1,143 @@
+"""What every token mixer of the hosts is: one calling convention, one place for projections and folding.
+
+Letters: B batch, H rows, W columns, P prefix tokens, N = P + H * W tokens, C channels, h heads, D head dim.
+"""
+
+from collections.abc import Callable
+from importlib import import_module
+
+import torch
+from torch import Tensor, nn
+
+from visionattn.blocks import Linear
+from visionattn.kernels import exporting
+from visionattn.norms import fold_before
+
+__all__ = ["Mixer", "MixerLike", "find_mixer", "unknown_size"]
+
+MixerLike = str | Callable[..., nn.Module]
+
+
+def unknown_size() -> bool:
+    """Whether a graph is being recorded for maps of any size, in which nothing may depend on a comparison of sizes."""
+    if torch.jit.is_scripting():
+        return False
+    else:
+        return exporting()
+
+
+class Mixer(nn.Module):
+    """Base of the token mixers that a host can put into its blocks: ``proj(attend(qkv(x)))``.
+
+    A mixer sees the whole map, or the prefix tokens and the map as one sequence. A subclass writes ``attend``; every
+    host takes it as ``mixer=`` and tells it the arguments below.
+
+    Args:
+        dim: Channels.
+        num_heads: Attention heads; they divide ``dim``.
+        input_size: Rows and columns of the map that tables of positions are made for; other maps are allowed.
+        num_prefix_tokens: Tokens before the map, such as a class token.
+        lepe: The host adds a depthwise 3x3 convolution of the values (CSwin); mixers that have one already use it as
+            theirs.
+        stream: The host hands over its map before the norm, too (CSwin); see ``forward``.
+        qkv_bias: Whether the projection to queries, keys and values has a bias.
+        proj_drop: Dropout of the output.
+
+    Raises:
+        ValueError: If ``num_heads`` does not divide ``dim``.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        input_size: tuple[int, int] = (14, 14),
+        num_prefix_tokens: int = 0,
+        lepe: bool = False,
+        stream: bool = False,
+        qkv_bias: bool = True,
+        proj_drop: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"num_heads must divide dim = {dim}, got {num_heads}")
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.scale = self.head_dim**-0.5
+        self.num_prefix_tokens = num_prefix_tokens
+        self.stream = stream
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.proj = Linear(dim, dim, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None, stream: Tensor | None = None) -> Tensor:
+        """Mix a map or a sequence.
+
+        Args:
+            x: Map [B, H, W, C], or with ``size`` the prefix tokens and the map as a sequence [B, P + H * W, C].
+            size: Rows and columns of the map in a sequence.
+            stream: The residual stream that ``x`` is the norm of, shaped as ``x``; for mixers built with ``stream``.
+
+        Returns:
+            The mixed tokens, shaped as ``x``.
+        """
+        shape = x.shape
+        if size is None:
+            H, W = shape[1], shape[2]
+            x = x.reshape(shape[0], H * W, shape[3])
+        else:
+            H, W = size
+        context = x if stream is None else stream.reshape(x.shape)
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return self.proj_drop(self.proj(self.attend(q, k, v, H, W, context))).reshape(shape)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, H: int, W: int, context: Tensor) -> Tensor:
+        """Mix the values; heads are consecutive runs of D channels.
+
+        Args:
+            q: Queries, not scaled. [B, N, C]
+            k: Keys. [B, N, C]
+            v: Values. [B, N, C]
+            H: Rows of the map.
+            W: Columns of the map.
+            context: The mixer's input, or the residual stream where the host hands that over. [B, N, C]
+
+        Returns:
+            The mixed values. [B, N, C]
+        """
+        raise NotImplementedError
+
+    def heads(self, x: Tensor) -> Tensor:
+        """Channels to heads, [B, N, C] -> [B, h, N, D]; a view."""
+        return x.unflatten(-1, [self.num_heads, self.head_dim]).transpose(1, 2)
+
+    def map(self, x: Tensor, H: int, W: int) -> Tensor:
+        """The map of a sequence, [B, N, C] -> [B, H, W, C]; a view."""
+        return x[:, self.num_prefix_tokens :].unflatten(1, [H, W])
+
+    @torch.no_grad()
+    def fold_input(self, scale: Tensor, shift: Tensor) -> None:
+        """Take over an affine map of the input, ``x * scale + shift`` per channel, into the first layer."""
+        fold_before(self.qkv, scale, shift)
+
+
+def find_mixer(mixer: MixerLike) -> Callable[..., nn.Module]:
+    """A mixer, or what its class path ``"package.module.Class"`` names.
+
+    Raises:
+        ValueError: If the path leads nowhere or to something that cannot be called.
+    """
+    found = mixer
+    if isinstance(mixer, str):
+        module, _, name = mixer.rpartition(".")
+        try:
+            found = getattr(import_module(module), name)
+        except (ImportError, AttributeError, ValueError) as error:
+            example = "visionattn.attention.SoftmaxAttention"
+            raise ValueError(f"mixer {mixer!r} cannot be imported: {error}; a class path is {example!r}") from error
+    if not callable(found):
+        raise ValueError(f"mixer must be a class, a function or a class path, got {mixer!r}")
+    return found

@@ -1,0 +1,8 @@
+"""Well-known bodies whose blocks take any ``Mixer`` of ``visionattn.attention``; one body a file."""
+
+from visionattn.hosts.cswin import CSwin
+from visionattn.hosts.deit import DeiT, DeiTGrid
+from visionattn.hosts.pvt import PVT, PVTv2
+from visionattn.hosts.swin import Swin
+
+__all__ = ["CSwin", "DeiT", "DeiTGrid", "PVT", "PVTv2", "Swin"]
