@@ -18,7 +18,7 @@ from torch import Tensor
 
 from visionattn.kernels import _dispatch
 from visionattn.kernels._bilevel_chunks import chunked_attention
-from visionattn.kernels._bilevel_regions import (
+from visionattn.kernels.bilevel_regions import (
     cut,
     from_regions,
     gathered_attention,
@@ -26,6 +26,7 @@ from visionattn.kernels._bilevel_regions import (
     route_regions,
     to_regions,
 )
+from visionattn.kernels.bilevel_triton import bilevel_attention_triton, unsupported
 from visionattn.kernels.tiles import eager
 from visionattn.kernels.windows import per_axis
 
@@ -101,8 +102,28 @@ def bilevel_routing_attention_torch(
         out = chunked_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), index, factor, scale)
     else:
         out = gathered_attention(q, k, v, routes, weights, scale)
-    out = out.reshape(B, -1, region[0] * region[1], h * E)
-    return from_regions(out, cut(H, W, *region), H, W).reshape(B, H, W, h, E)
+    grid = cut(H, W, *region)
+    out = out.reshape(B, grid[0] * grid[2], grid[1] * grid[3], h * E)
+    return from_regions(out, grid, H, W).reshape(B, H, W, h, E)
+
+
+def bilevel_routing_attention_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    region: tuple[int, int],
+    topk: int,
+    routes: Tensor | None,
+    weights: Tensor | None,
+    key_region: tuple[int, int],
+    scale: float,
+) -> Tensor:
+    """Triton kernels, or PyTorch's attention if it is to all regions. As :func:`bilevel_routing_attention`."""
+    if routes is None and operator.index(topk) == _regions(q, region):
+        return _dense(q, k, v, region, None, scale)
+    if routes is None:
+        routes = _routes(q, k, region, topk)
+    return bilevel_attention_triton(q, k, v, routes, region, key_region, scale)
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, region: tuple[int, int], routes: Tensor | None, scale: float) -> Tensor:
@@ -184,11 +205,12 @@ def bilevel_routing_attention(
         _check(q, k, v, region, topk, routes, weights, key_region)
     scale = operator.index(q.shape[-1]) ** -0.5 if scale is None else float(scale)
     q, k, v = _dispatch.autocast(q, k, v)
-    chosen = _dispatch.choose("bilevel_routing_attention", q, backend, lambda: "not written yet")
+    chosen = _dispatch.choose("bilevel_routing_attention", q, backend, lambda: unsupported(q, v, weights))
     return _IMPLEMENTATIONS[chosen](q, k, v, region, topk, routes, weights, key_region, scale)
 
 
 _IMPLEMENTATIONS = {
+    "triton": bilevel_routing_attention_triton,
     "torch": bilevel_routing_attention_torch,
     "reference": bilevel_routing_attention_reference,
 }
@@ -236,6 +258,10 @@ def _check(
             f"routes must be int64 [B, R, K] with B = {B} and R = {down * across}, got {routes.dtype} of shape "
             f"{tuple(routes.shape)}"
         )
+    if routes is not None and eager(routes) and routes.device.type == "cpu" and routes.numel():
+        least, largest = (int(n) for n in routes.aminmax())  # elsewhere it would cost a synchronisation
+        if least < 0 or largest >= down * across:
+            raise ValueError(f"routes must be from 0 to {down * across - 1}, got {least} to {largest}")
     if weights is not None and weights.shape != routes.shape:
         raise ValueError(f"weights must be {tuple(routes.shape)} as routes are, got shape {tuple(weights.shape)}")
     cast = _dispatch.autocasting(q)

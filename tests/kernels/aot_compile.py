@@ -19,11 +19,13 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from visionattn.kernels import (
+    _bilevel_kernels,
     _linear_kernels,
     _linear_triton,
     _neighborhood_kernels,
     _neighborhood_launch,
     _triton,
+    bilevel_triton,
     depthwise_conv2d,
     gated_pointwise,
 )
@@ -32,9 +34,16 @@ depthwise, pointwise = (sys.modules[op.__module__] for op in (depthwise_conv2d, 
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
-SIZES = ("N", "n_runs", "runs_per_row", "C", "H", "W", "dilation", "M", "D", "heads")
-TUPLES = {"shape": 3, "dilation": 3, "tiles": 2} | {f"{name}_strides": 5 for name in ("grad", "q", "k", "v", "out")}
-LINEAR_STRIDES = tuple(f"{name}_strides" for name in "kvwqrgo")
+SIZES = ("N", "n_runs", "runs_per_row", "C", "H", "W", "dilation", "M", "D", "heads", "across", "regions", "K")
+TENSORS = ("grad", "q", "k", "v", "out", "dq", "dk", "dv")
+TUPLES = {  # arguments that are tuples of integers
+    _neighborhood_kernels.__name__: {"shape": 3, "dilation": 3, "tiles": 2}
+    | {f"{name}_strides": 5 for name in TENSORS},
+    _bilevel_kernels.__name__: dict.fromkeys(("shape", "key_shape", "region", "key_region"), 2)
+    | {f"{name}_strides": 4 for name in TENSORS},
+    _linear_kernels.__name__: {f"{name}_strides": 3 for name in "kvwqrgo"},
+}
+INTEGERS = {"routes": "i64", "sources": "i32", "starts": "i32"}  # of what such tensors are
 SUMS = ("lse", "delta", "bias_parts")
 LINEAR_SUMS = ("weights", "cos", "sin", "state", "key_sum", "value_sum", "value_mean", "dstate", "dkey_sum")
 LINEAR_SUMS += ("dvalue_sum", "dvalue_mean", "dweights")
@@ -50,6 +59,7 @@ NEIGHBORHOOD = [  # head dim, window, ranks of the longest residue, whether ther
     (32, (1, 1, 31), (1, 1, 500), False),
     (32, (3, 7, 7), (8, 28, 28), True),
 ]
+BILEVEL = [(32, 32, 64), (32, 32, 16), (32, 32, 4), (24, 24, 64), (64, 64, 64), (128, 128, 64), (32, 64, 30)]  # D, E, T
 
 
 def launches(dtype: str, every: bool, hip: bool):
@@ -67,6 +77,7 @@ def launches(dtype: str, every: bool, hip: bool):
             yield pointwise._gated_pointwise_fwd, config | constants, D % 16 == 0
     yield from neighborhood_launches(dtype, acc, every)
     yield from linear_launches(dtype, acc, every, hip)
+    yield from bilevel_launches(dtype, acc, every)
 
 
 def neighborhood_launches(dtype: str, acc: tl.dtype, every: bool):
@@ -101,28 +112,38 @@ def linear_launches(dtype: str, acc: tl.dtype, every: bool, hip: bool):
             yield kernel, config | form | rest | {"D": D, "V": V}, D % 16 == 0
 
 
+def bilevel_launches(dtype: str, acc: tl.dtype, every: bool):
+    limit = bilevel_triton.MAX_HEAD_DIM[DTYPES[dtype].itemsize]
+    for D, E, tokens in [row for row in BILEVEL if row[0] <= limit][: None if every else 1]:
+        for kernel, name in (
+            (_bilevel_kernels._bilevel_fwd, bilevel_triton.FORWARD),
+            (_bilevel_kernels._bilevel_bwd_dq, bilevel_triton.GRAD_QUERY),
+            (_bilevel_kernels._bilevel_bwd_dkv, bilevel_triton.GRAD_KEY),
+        ):
+            config = bilevel_triton.launch_config(name, D, E, tokens, DTYPES[dtype])
+            steps = {} if name == bilevel_triton.GRAD_KEY else {"STEPS": 4}
+            yield kernel, config | steps | {"ACC": acc, "PRECISION": "ieee"}, D % 16 == 0
+
+
 def compiled(kernel, dtype: str, constants: dict, divisible: bool, target: GPUTarget):
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
     sums = "fp64" if dtype == "fp64" else "fp32"
     partial = kernel is depthwise._depthwise_bwd_weight
-    signature, attributes = {}, {}
+    signature, attributes, tuples = {}, {}, TUPLES.get(kernel.__module__, {})
     for index, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
-        elif name in TUPLES and kernel.__module__ == _neighborhood_kernels.__name__:
-            signature[name] = ("i32",) * TUPLES[name]
+        elif name in tuples:
+            signature[name] = ("i32",) * tuples[name]
             if divisible and name.endswith("strides"):
-                attributes |= {(index, i): [["tt.divisibility", 16]] for i in range(TUPLES[name])}
-            continue
-        elif name in LINEAR_STRIDES and kernel.__module__ == _linear_kernels.__name__:
-            signature[name] = ("i32",) * 3
-            if divisible:
-                attributes |= {(index, i): [["tt.divisibility", 16]] for i in range(3)}
+                attributes |= {(index, i): [["tt.divisibility", 16]] for i in range(tuples[name])}
             continue
         elif name.startswith("scale") or name == "eps":
             signature[name] = "fp32"
         elif name in SIZES:
             signature[name] = "i32"
+        elif name in INTEGERS:
+            signature[name] = "*" + INTEGERS[name]
         else:
             precise = name in SUMS or (partial and name == "out")
             precise |= kernel.__module__ == _linear_kernels.__name__ and name in LINEAR_SUMS
@@ -157,7 +178,7 @@ def resources(program) -> dict[str, int]:
 
 def main() -> None:
     target, dtypes, extent = sys.argv[1:]
-    for module in (depthwise, pointwise, _neighborhood_kernels, _linear_kernels):
+    for module in (depthwise, pointwise, _neighborhood_kernels, _linear_kernels, _bilevel_kernels):
         _triton.load_kernels(vars(module))
     rows = []
     for dtype in dtypes.split(","):

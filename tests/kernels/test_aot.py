@@ -13,7 +13,7 @@ TARGETS = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_5
 KERNELS = {"_depthwise_fwd", "_depthwise_bwd_weight", "_gated_pointwise_fwd"}
 KERNELS |= {f"_neighborhood_{name}" for name in ("fwd", "bwd_dq", "bwd_dkv")}
 KERNELS |= {f"_linear_{name}" for name in ("keys", "queries", "queries_bwd", "keys_bwd")}
-FOR_TESTS_IN_FLOAT64 = ("neighborhood", "linear")
+KERNELS |= {f"_bilevel_{name}" for name in ("fwd", "bwd_dq", "bwd_dkv")}
 
 
 def compile_and_check(run_python, target, dtypes, every):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from visionattn.blocks import DepthwiseConv, Linear
 from visionattn.kernels import _dispatch, bilevel_routing_attention
-from visionattn.kernels._bilevel_regions import (
+from visionattn.kernels.bilevel_regions import (
     crop_map,
     cut,
     from_regions,

@@ -13,7 +13,7 @@ import torch
 from timm.models import get_pretrained_cfg, model_entrypoint
 from torch import Tensor, nn
 
-from visionattn.benchmark import plain_flowformer, plain_litv2, plain_ravlt, plain_van
+from visionattn.benchmark import plain_biformer, plain_flowformer, plain_litv2, plain_ravlt, plain_van
 from visionattn.benchmark.ops import parse_candidate
 from visionattn.benchmark.runner import Candidate, Case, Workload
 
@@ -24,6 +24,7 @@ DEFAULT_CANDIDATES = ("plain", "ours", "ours+compile")
 # Family (the module in visionattn.backbones) -> network in the authors' manner, by model name. Its state dict has the
 # authors' names, so the family's checkpoint_filter_fn carries the weights over to ours.
 PLAIN: dict[str, Callable[[str], nn.Module]] = {
+    "biformer": plain_biformer.build,
     "flowformer": plain_flowformer.build,
     "litv2": plain_litv2.build,
     "mavit": plain_ravlt.build,

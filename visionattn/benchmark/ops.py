@@ -16,6 +16,7 @@ from visionattn.benchmark import plain_ravlt
 from visionattn.benchmark.plain_flowformer import plain_flow_attention
 from visionattn.benchmark.runner import Candidate, Case, Workload
 from visionattn.kernels import (
+    bilevel_routing_attention,
     depthwise_conv2d,
     flow_attention,
     gated_pointwise,
@@ -60,6 +61,8 @@ SIZE_SETS = {
     "nat_tiny": _sizes("56x56x64 28x28x128 14x14x256 7x7x512"),
     "ravlt_t": _sizes("56x56x64 28x28x128"),
     "flowformer": _sizes("56x56x96 28x28x192 14x14x384 7x7x768"),
+    "biformer_tiny": _sizes("56x56x64 28x28x128 14x14x256"),
+    "biformer_tiny_1024": _sizes("256x256x64 128x128x128 64x64x256"),
     "large": _sizes("112x112x64"),
 }
 
@@ -376,3 +379,37 @@ def flow(batch: int, size: Size, rand: Callable[..., Tensor]) -> OpCase:
     functions = {"plain": partial(plain_flow_attention, num_heads=heads), **_by_backend(attend)}
     del functions["triton"]  # there are no kernels for it
     return OpCase(inputs=(rand(batch, size.height * size.width, 3 * size.channels),), functions=functions)
+
+
+def _bilevel(batch: int, size: Size, rand: Callable[..., Tensor], topk: int) -> OpCase:
+    heads = max(size.channels // 32, 1)
+    regions = 7 if size.height % 7 == 0 and size.width % 7 == 0 else 16  # a side; what the authors take at 224 and 1024
+    region = (-(-size.height // regions), -(-size.width // regions))
+
+    def attend(qkv: Tensor, backend: str | None = None) -> Tensor:
+        scale = size.channels**-0.5
+        return bilevel_routing_attention(*qkv.unbind(3), region, topk, scale=scale, backend=backend)
+
+    qkv = rand(batch, size.height, size.width, 3, heads, size.channels // heads)
+    return OpCase(inputs=(qkv,), functions=_by_backend(attend))
+
+
+BILEVEL_CANDIDATES = ("reference", "torch", "triton")
+
+
+@op_benchmark("bilevel1", size_set="biformer_tiny", candidates=BILEVEL_CANDIDATES)
+def bilevel1(batch: int, size: Size, rand: Callable[..., Tensor]) -> OpCase:
+    """Bi-level routing attention to 1 region of 7 x 7 (16 x 16 where 7 does not divide the map), routing included."""
+    return _bilevel(batch, size, rand, topk=1)
+
+
+@op_benchmark("bilevel4", size_set="biformer_tiny", candidates=BILEVEL_CANDIDATES)
+def bilevel4(batch: int, size: Size, rand: Callable[..., Tensor]) -> OpCase:
+    """Bi-level routing attention to 4 regions."""
+    return _bilevel(batch, size, rand, topk=4)
+
+
+@op_benchmark("bilevel16", size_set="biformer_tiny", candidates=BILEVEL_CANDIDATES)
+def bilevel16(batch: int, size: Size, rand: Callable[..., Tensor]) -> OpCase:
+    """Bi-level routing attention to 16 regions."""
+    return _bilevel(batch, size, rand, topk=16)
