@@ -1,12 +1,15 @@
 import hashlib
-import multiprocessing
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 
 from visionattn.hub import WeightsError, download, fetch, settings
 
+ROOT = Path(__file__).resolve().parents[2]
 BODY = bytes(range(256)) * 1000
 SHA = hashlib.sha256(BODY).hexdigest()
 
@@ -221,19 +224,18 @@ def test_other_schemes_are_refused(cache):
         fetch("ftp://x.org/w.pth", cache / "w.pth")
 
 
-def _fetch(url, target, barrier):
-    barrier.wait()
-    fetch(url, target)
-
-
 def test_processes_that_start_together_download_once(site, place):
     site.tricks["/w.pth"] = [("slow", 0.1)]
-    context = multiprocessing.get_context("fork")
-    barrier = context.Barrier(3)
-    processes = [context.Process(target=_fetch, args=(*place, barrier)) for _ in range(3)]
+    code = "import sys; from visionattn.hub import fetch; print(flush=True); sys.stdin.readline(); fetch(*sys.argv[1:])"
+    command = [sys.executable, "-c", code, place[0], str(place[1])]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    processes = [subprocess.Popen(command, cwd=ROOT, **pipes) for _ in range(2)]
     for process in processes:
-        process.start()
+        process.stdout.readline()  # has imported everything
     for process in processes:
-        process.join(30)
-        assert process.exitcode == 0
+        process.stdin.write(b"go\n")
+        process.stdin.flush()
+    for process in processes:
+        process.communicate(timeout=120)
+        assert process.returncode == 0
     assert place[1].read_bytes() == BODY and len(site.requests) == 1

@@ -70,3 +70,23 @@ def test_published_models_name_the_classes_of_imagenet(pictures, tmp_path, monke
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained: create(name))  # without the download
     results = predict([str(pictures / "a.png")], model="test_resnet", output=str(tmp_path / "p.json"))
     assert not results[0]["classes"][0]["label"].isdigit()
+
+
+def test_bundled_weights_answer_without_a_network(pictures, tmp_path, monkeypatch):
+    monkeypatch.setenv("VISIONATTN_OFFLINE", "1")
+    digits, _ = Digits().dataset("val")
+    results = predict([str(pictures)], model="van_nano", output=str(tmp_path / "p.json"))
+    named = {result["file"].rsplit("/", 1)[1]: result["classes"][0]["label"] for result in results}
+    assert named == {name: str(digits.targets[n]) for n, name in enumerate(("a.png", "b.png", "c.jpg", "d.png"))}
+
+
+@pytest.mark.parametrize("command", ["predict", "fit"])
+def test_weights_that_cannot_be_had_end_with_one_line(pictures, tmp_path, monkeypatch, command):
+    monkeypatch.setenv("VISIONATTN_OFFLINE", "1")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    arguments = {
+        "predict": ["--model", "van_b1", str(pictures)],
+        "fit": ["--data=Digits", "--model.name=van_b1", "--model.pretrained=true", f"--out={tmp_path}"],
+    }
+    with pytest.raises(UserError, match="not in the cache, and offline mode forbids to download it"):
+        run([command, *arguments[command]])

@@ -103,8 +103,9 @@ def report(name: str, path: Path, state: dict[str, Tensor], model: nn.Module) ->
         if weight is not None and model.num_classes != cfg.get("num_classes"):
             fate = f"starts anew with {model.num_classes} classes" if head + ".weight" in own else "is left out"
             _logger.info("%s: classifier %s of %d classes %s", name, head, len(weight), fate)
-    optional = (*heads, "norm.", "head.")  # detectors and segmenters come without them
-    trunk = [key for key in own if not key.startswith(optional) and not key.endswith("num_batches_tracked")]
+    # Detectors and segmenters come without what lies behind the last stage.
+    parts = ("stem.", *(f"{info['module']}." for info in model.feature_info))
+    trunk = [key for key in own if key.startswith(parts) and not key.endswith("num_batches_tracked")]
     missing = [key for key in trunk if key not in state]
     if missing:
         raise WeightsError(

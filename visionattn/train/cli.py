@@ -19,7 +19,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import visionattn  # noqa: F401  (registers our models)
 import visionattn.train.data  # noqa: F401  (the short names of its classes work on the command line)
-from visionattn.hub import WeightsError
 from visionattn.train.callbacks import EpochLines, ExportWeights, best_checkpoint, check_disk
 from visionattn.train.classify import Classification
 from visionattn.train.data.base import Data
@@ -283,7 +282,7 @@ def main(args: list[str] | None = None) -> None:
     """Run one command and end with a one-line error if the user can fix it."""
     try:
         run(args)
-    except (UserError, WeightsError) as error:
+    except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted")

@@ -16,6 +16,8 @@ from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 from timm.data.readers.img_extensions import get_img_extensions
 from torch import Tensor, nn
 
+import visionattn
+from visionattn.hub import WeightsError
 from visionattn.train.data.sampling import UNREADABLE
 from visionattn.train.errors import UserError, check_model_name, some
 from visionattn.train.weights import build, load_weights, read_card
@@ -125,9 +127,13 @@ def load(ckpt: str | None, model: str | None) -> tuple[nn.Module, Any, list[str]
         load_weights(net, ckpt)
         return net, create_transform(**card["preprocess"]), card["class_names"]
     check_model_name(model)
-    if not timm.models.is_model_pretrained(model):
+    ours = model.partition(".")[0] in visionattn.list_models()  # whose weights may have been added by hand
+    if not ours and not timm.models.is_model_pretrained(model):
         raise UserError(f"{model} has no published weights: give a checkpoint with --ckpt")
-    net = timm.create_model(model, pretrained=True)
+    try:
+        net = timm.create_model(model, pretrained=True)
+    except WeightsError as error:
+        raise UserError(f"{error}; or give a checkpoint with --ckpt") from error
     names = ImageNetInfo()
     labels = [names.index_to_description(i) for i in range(1000)] if net.num_classes == 1000 else []
     return net, create_transform(**resolve_model_data_config(net)), labels

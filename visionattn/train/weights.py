@@ -114,5 +114,7 @@ def build(card: dict[str, Any], pretrained: bool = False) -> nn.Module:
         return timm.create_model(
             card["name"], pretrained=pretrained, num_classes=card["num_classes"], **card["model_args"]
         )
+    except hub.WeightsError as error:
+        raise UserError(str(error)) from error
     except TypeError as error:
         raise UserError(f"{card['name']} does not take model.model_args {card['model_args']}: {error}") from error
