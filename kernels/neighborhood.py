@@ -111,12 +111,9 @@ _IMPLEMENTATIONS = {
 def _check(
     q: Tensor, k: Tensor, v: Tensor, kernel_size: tuple[int, ...], dilation: tuple[int, ...], bias: Tensor | None
 ) -> None:
-    for name, tensor in (("k", k), ("v", v)):
-        if tensor.shape != q.shape:
-            raise ValueError(f"{name} must be {tuple(q.shape)} as q is, got shape {tuple(tensor.shape)}")
-    if not q.is_floating_point():
-        raise ValueError(f"q must be floating point, got {q.dtype}")
-    for axis, (L, K, d) in enumerate(zip(q.shape[1:-2], kernel_size, dilation, strict=True)):
+    """Raise a ValueError that names what is wrong. Every look at a tensor costs time on small maps: few are taken."""
+    shape, dtype, device = q.shape, q.dtype, q.device
+    for axis, (L, K, d) in enumerate(zip(shape[1:-2], kernel_size, dilation, strict=True)):
         if K < 1:
             raise ValueError(f"kernel_size must be at least 1, got {K} for spatial axis {axis}")
         if d < 1:
@@ -126,15 +123,20 @@ def _check(
                 f"kernel_size * dilation must not exceed the map: {K} * {d} = {K * d} on spatial axis {axis} of "
                 f"length {L}; pad the map, or take a smaller window"
             )
-    cast = _dispatch.autocasting(q)
+    if not dtype.is_floating_point:
+        raise ValueError(f"q must be floating point, got {dtype}")
     for name, tensor in (("k", k), ("v", v), ("bias", bias)):
-        if tensor is not None and tensor.device != q.device:
-            raise ValueError(f"{name} must be on {q.device} as q is, got {tensor.device}")
-        if tensor is not None and tensor.dtype != q.dtype and not cast:
-            raise ValueError(f"{name} must be {q.dtype} as q is, got {tensor.dtype}")
+        if tensor is None:
+            continue
+        if name != "bias" and tensor.shape != shape:
+            raise ValueError(f"{name} must be {tuple(shape)} as q is, got shape {tuple(tensor.shape)}")
+        if tensor.device != device:
+            raise ValueError(f"{name} must be on {device} as q is, got {tensor.device}")
+        if tensor.dtype != dtype and not _dispatch.autocasting(q):
+            raise ValueError(f"{name} must be {dtype} as q is, got {tensor.dtype}")
     if bias is not None:
-        shape = (q.shape[-2], *(2 * K - 1 for K in kernel_size))
-        if tuple(bias.shape) != shape:
+        expected = (shape[-2], *(2 * K - 1 for K in kernel_size))
+        if bias.shape != expected:
             raise ValueError(
-                f"bias must be [heads, 2 * kernel_size - 1 per axis] = {shape}, got shape {tuple(bias.shape)}"
+                f"bias must be [heads, 2 * kernel_size - 1 per axis] = {expected}, got shape {tuple(bias.shape)}"
             )

@@ -35,11 +35,12 @@ def neighborhood_attention_torch(
     derivatives without a trained bias need the reference.
     """
     arguments = (q, k, v, kernel_size, dilation, bias, is_causal, scale)
-    if _dispatch.exporting():  # for any size, and the same graph whether or not gradients are on
+    eager = tiles.eager(q)
+    if not eager and _dispatch.exporting():  # for any size, and the same graph whether or not gradients are on
         return neighborhood_attention_plain(*arguments)
     if torch.compiler.is_compiling() or math.prod(kernel_size) == 1:
         return _gathered(*arguments)  # compiled twice the speed of tiles; with one key there is nothing to share
-    return _tiled(*arguments)
+    return _tiled(*arguments, eager)
 
 
 def _tiled(
@@ -51,21 +52,19 @@ def _tiled(
     bias: Tensor | None,
     is_causal: tuple[bool, ...],
     scale: float,
+    eager: bool,
 ) -> Tensor:
     """Attention tile by tile, a few tiles at once."""
-    spatial, heads = tuple(q.shape[1:-2]), q.shape[-2]
-    groups = tiles.plan(spatial, kernel_size, dilation, is_causal, heads)
-    tables = tiles.tables_for(q, groups, spatial, kernel_size, dilation, is_causal)
-    dense = all(tiles.sees_all(group, kernel_size, is_causal) for group in groups)
+    groups, tables = tiles.cut(q, kernel_size, dilation, is_causal, kept=eager)
     masks: list[Tensor | None] = [None] * len(groups)
-    if bias is not None or not dense:
-        masks = tiles.additive_masks(bias, groups, tables.bias, kernel_size, q.dtype)
+    if bias is not None or not tables.dense:
+        masks = tiles.additive_masks(bias, groups, tables, kernel_size, q.dtype)
     trained = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     arguments = groups, tables, masks, scale, trained
     # What spreads within a tile, from keys and values that its other queries see, is never finite.
-    if dense:
+    if tables.dense:
         return _attend_tiles(q, k, v, *arguments)
-    if q.device.type == "cpu" and tiles.eager(q):  # elsewhere, to look at the result would cost a synchronisation
+    if eager and q.device.type == "cpu":  # elsewhere, to look at the result would cost a synchronisation
         out = _attend_tiles(q, k, v, *arguments)
         if math.isfinite(out.detach().sum(dtype=torch.promote_types(out.dtype, torch.float32)).item()):
             return out
@@ -88,7 +87,7 @@ def _attend_tiles(
     B, h, D = q.shape[0], q.shape[-2], q.shape[-1]
     if len(groups) == 1 and groups[0].tiles == 1:
         rows = (t.flatten(1, -3).transpose(1, 2) for t in (q, k, v))
-        return _attend(*rows, masks[0], scale, contain).transpose(1, 2).flatten(2).view(q.shape)
+        return _attend(*rows, masks[0], scale, contain).transpose(1, 2).contiguous().view(q.shape)
     start = torch.arange(B, device=q.device)[:, None] * math.prod(q.shape[1:-2])
 
     def cut(x: Tensor, index: tuple[Tensor, ...]) -> Iterator[Tensor]:

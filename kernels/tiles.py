@@ -179,14 +179,6 @@ def bias_index(group: Group, window: Sequence[int], causal: Sequence[bool], devi
     return index.flatten().to(torch.int32)  # half the memory to keep
 
 
-def sees_all(group: Group, window: Sequence[int], causal: Sequence[bool]) -> bool:
-    """Whether every query of a tile sees all its keys, so that there is nothing to mask."""
-    return all(
-        axis.run.tile == 1 or (axis.run.span == K and not c)
-        for axis, K, c in zip(group.axes, window, causal, strict=True)
-    )
-
-
 class Tables(NamedTuple):
     """What a plan needs as tensors.
 
@@ -195,12 +187,14 @@ class Tables(NamedTuple):
         keys: Those of the keys.
         inverse: Where the queries lie in that order. [N]
         bias: Those of their pairs in the bias, see :func:`bias_index`.
+        dense: Whether all queries see all keys of their tiles, so that there is nothing to mask.
     """
 
     queries: tuple[Tensor, ...]
     keys: tuple[Tensor, ...]
     inverse: Tensor
     bias: tuple[Tensor, ...]
+    dense: bool
 
 
 def tables(
@@ -216,13 +210,13 @@ def tables(
     queries, keys = zip(*index, strict=True)
     order = torch.cat(queries)
     inverse = order.scatter(0, order, torch.arange(order.numel(), device=device))
-    return Tables(queries, keys, inverse, tuple(bias_index(group, window, causal, device) for group in groups))
-
-
-@lru_cache(maxsize=64)
-def _kept(*arguments: Any) -> Tables:
-    with torch.inference_mode(False):  # a tensor made in inference mode could not be used for training later
-        return tables(*arguments)
+    bias = tuple(bias_index(group, window, causal, device) for group in groups)
+    dense = all(
+        axis.run.tile == 1 or (axis.run.span == K and not c)
+        for group in groups
+        for axis, K, c in zip(group.axes, window, causal, strict=True)
+    )
+    return Tables(queries, keys, inverse, bias, dense)
 
 
 def eager(x: Tensor) -> bool:
@@ -231,14 +225,31 @@ def eager(x: Tensor) -> bool:
     return type(x) is Tensor and level() is None and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
 
 
-def tables_for(x: Tensor, *arguments: Any) -> Tables:
-    """The tables for a tensor's device, kept for the next call of the same shape where tensors outlive the call."""
-    make = _kept if eager(x) else tables
-    return make(*arguments, x.device)
+def cut(
+    x: Tensor, window: tuple[int, ...], dilation: tuple[int, ...], causal: tuple[bool, ...], kept: bool
+) -> tuple[tuple[Group, ...], Tables]:
+    """The plan for a tensor [B, *spatial, heads, D] and its tables on the tensor's device.
+
+    Args:
+        kept: Whether they are kept for the next call of the same shape; only where tensors outlive the call.
+    """
+    shape = tuple(x.shape)
+    return (_kept if kept else _made)(shape[1:-2], window, dilation, causal, shape[-2], x.device)
+
+
+def _made(spatial, window, dilation, causal, heads, device) -> tuple[tuple[Group, ...], Tables]:
+    groups = plan(spatial, window, dilation, causal, heads)
+    return groups, tables(groups, spatial, window, dilation, causal, device)
+
+
+@lru_cache(maxsize=64)
+def _kept(*arguments: Any) -> tuple[tuple[Group, ...], Tables]:
+    with torch.inference_mode(False):  # a tensor made in inference mode could not be used for training later
+        return _made(*arguments)
 
 
 def additive_masks(
-    bias: Tensor | None, groups: Sequence[Group], index: Sequence[Tensor], window: Sequence[int], dtype: torch.dtype
+    bias: Tensor | None, groups: Sequence[Group], tables: Tables, window: Sequence[int], dtype: torch.dtype
 ) -> list[Tensor]:
     """What is added to the logits of each group: the bias, and -inf where a query does not see a key.
 
@@ -246,11 +257,13 @@ def additive_masks(
         One per group. [h or 1, queries, keys]
     """
     if bias is None:
-        bias = torch.zeros(1, math.prod(2 * K - 1 for K in window), dtype=dtype, device=index[0].device)
+        bias = torch.zeros(1, math.prod(2 * K - 1 for K in window), dtype=dtype, device=tables.inverse.device)
     elif bias.dtype in (torch.float16, torch.bfloat16):
         bias = bias.float()  # its gradient is a sum over many pairs
-    bias = F.pad(bias.flatten(1), (0, 1), value=-torch.inf)  # what the index of unseen pairs points to
+    bias = bias.flatten(1)
+    if not tables.dense:
+        bias = F.pad(bias, (0, 1), value=-torch.inf)  # what the index of unseen pairs points to
     return [
         bias.index_select(1, i).view(-1, group.queries, group.keys).to(dtype)
-        for group, i in zip(groups, index, strict=True)
+        for group, i in zip(groups, tables.bias, strict=True)
     ]

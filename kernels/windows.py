@@ -24,6 +24,8 @@ def per_axis(name: str, value: T | Sequence[T], axes: int, kind: type) -> tuple[
     Raises:
         ValueError: If it is neither, or not of the type ``kind``.
     """
+    if type(value) is kind:
+        return (value,) * axes
     values: tuple[Any, ...] = tuple(value) if isinstance(value, (tuple, list)) else (value,) * axes
     kinds = (int, torch.SymInt) if kind is int else (kind,)
     wrong = any(not isinstance(v, kinds) or isinstance(v, bool) != (kind is bool) for v in values)

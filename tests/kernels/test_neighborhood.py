@@ -362,7 +362,7 @@ def test_tiles_cover_every_query_once_and_every_key_it_sees(spatial, K, d, causa
     expected = torch.full((keys.shape[0], keys.shape[0]), -torch.inf)
     query, slot = exists.nonzero().T
     expected[query, keys[query, slot]] = table.flatten()[offsets[query, slot]]
-    masks = tiles.additive_masks(table, groups, made.bias, settings[0], torch.float32)
+    masks = tiles.additive_masks(table, groups, made, settings[0], torch.float32)
     found = torch.full_like(expected, -torch.inf)
     for group, mask, q, k in zip(groups, masks, made.queries, made.keys, strict=True):
         for queries, tile_keys in zip(q.view(-1, group.queries), k.view(-1, group.keys), strict=True):

@@ -74,6 +74,7 @@ def test_data_files_are_layered_under_flags(folder):
         ("fit --data Digits --data.num_workers -1 --model.name van_b0", "data.num_workers is -1"),
         ("fit --data Digits --data.batchsize 8 --model.name van_b0", "Option 'batchsize' is not accepted"),
         ("fit --data Digits --model.name van_b0 --model.lr 0", "model.lr is 0"),
+        ("fit --data Digits --model.name van_b0 --model.decay step", "model.decay is 'step'"),
         ("fit --data Digits --model.name van_b0 --model.optimizer adamm", "unknown optimizer 'adamm'"),
         ("fit --data Digits --model.name van_b0 --model.model_args.deep 3", "van_b0 does not take model.model_args"),
         ("fit --data Digits --model.name van_b0 --model.weights no.ckpt", "no such checkpoint: no.ckpt"),

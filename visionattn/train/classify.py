@@ -12,7 +12,7 @@ from torchmetrics import MeanMetric
 from visionattn.train.data.base import Data
 from visionattn.train.data.sampling import IGNORED
 from visionattn.train.errors import UserError
-from visionattn.train.optim import warmup_cosine
+from visionattn.train.optim import warmup_cosine, warmup_poly
 from visionattn.train.task import Task
 from visionattn.train.weights import build, load_weights
 
@@ -23,8 +23,9 @@ class Classification(Task):
     Args:
         warmup_epochs: Epochs of linear warm-up.
         warmup_lr: First learning rate of the warm-up.
-        min_lr: Last learning rate of the cosine.
-        cooldown_epochs: Epochs at ``min_lr`` after the cosine.
+        decay: Way from the peak to ``min_lr``, ``cosine`` or ``linear``.
+        min_lr: Last learning rate of the decay.
+        cooldown_epochs: Epochs at ``min_lr`` after that.
         label_smoothing: Share of the target spread over all classes.
         mixup: Alpha of Mixup; 0 for none.
         cutmix: Alpha of CutMix; 0 for none.
@@ -41,6 +42,7 @@ class Classification(Task):
         self,
         warmup_epochs: float = 5.0,
         warmup_lr: float = 1e-6,
+        decay: str = "cosine",
         min_lr: float = 1e-6,
         cooldown_epochs: float = 0.0,
         label_smoothing: float = 0.0,
@@ -51,6 +53,8 @@ class Classification(Task):
         **kwargs,
     ) -> None:
         super().__init__(**kwargs)
+        if decay not in ("cosine", "linear"):
+            raise UserError(f"model.decay is {decay!r}: it must be cosine or linear")
         p = self.hparams
         self.card = dict(name=p.name, model_args=p.model_args or {}, num_classes=p.num_classes)
         self.net = build(self.card, p.pretrained)
@@ -79,7 +83,8 @@ class Classification(Task):
         steps = int(self.trainer.estimated_stepping_batches)
         epoch = steps / max(1, self.trainer.max_epochs or 1)
         warmup, total = round(p.warmup_epochs * epoch), round(steps - p.cooldown_epochs * epoch)
-        return warmup_cosine(optimizer, min(warmup, steps), total, min(1.0, p.warmup_lr / lr), min(1.0, p.min_lr / lr))
+        shape = min(warmup, steps), total, min(1.0, p.warmup_lr / lr), min(1.0, p.min_lr / lr)
+        return warmup_cosine(optimizer, *shape) if p.decay == "cosine" else warmup_poly(optimizer, *shape, power=1.0)
 
     # Steps
 
