@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from visionattn.kernels import _dispatch
+from visionattn.kernels.neighborhood_natten import neighborhood_attention_natten
 from visionattn.kernels.neighborhood_torch import neighborhood_attention_torch
 from visionattn.kernels.neighborhood_triton import neighborhood_attention_triton, unsupported
 from visionattn.kernels.windows import map_windows, per_axis
@@ -73,7 +74,8 @@ def neighborhood_attention(
             dilation; or ``None``. [h, 2 * K0 - 1, (2 * K1 - 1, (2 * K2 - 1))]
         is_causal: Whether a query sees only itself and positions before it on the axis, for all axes or one per axis.
         scale: Factor of the logits; ``None`` stands for D ** -0.5.
-        backend: ``"triton"``, ``"torch"``, ``"reference"``, or ``None`` for the setting or the automatic choice.
+        backend: ``"triton"``, ``"torch"``, ``"reference"``, ``"natten"`` for the installed package of that name (no
+            bias), or ``None`` for the setting or the automatic choice.
 
     Returns:
         The attended values, contiguous; under autocast in its dtype. [B, L0, (L1, (L2,)) h, D]
@@ -95,9 +97,11 @@ def neighborhood_attention(
         _check(q, k, v, kernel_size, dilation, bias)
     scale = operator.index(q.shape[-1]) ** -0.5 if scale is None else float(scale)
     q, k, v = _dispatch.autocast(q, k, v)
-    chosen = _dispatch.choose(
-        "neighborhood_attention", q, backend, lambda: unsupported(q, kernel_size, dilation, is_causal, bias)
-    )
+    chosen = backend
+    if backend != "natten":  # never the automatic choice
+        chosen = _dispatch.choose(
+            "neighborhood_attention", q, backend, lambda: unsupported(q, kernel_size, dilation, is_causal, bias)
+        )
     return _IMPLEMENTATIONS[chosen](q, k, v, kernel_size, dilation, bias, is_causal, scale)
 
 
@@ -105,6 +109,7 @@ _IMPLEMENTATIONS = {
     "triton": neighborhood_attention_triton,
     "torch": neighborhood_attention_torch,
     "reference": neighborhood_attention_reference,
+    "natten": neighborhood_attention_natten,
 }
 
 

@@ -81,16 +81,27 @@ def test_backend_natten_says_what_it_lacks(monkeypatch):
     with pytest.raises(BackendError, match="no relative position bias"):
         ours.na2d(q, k, v, 3, rpb=torch.zeros(2, 5, 5), backend="natten")
     monkeypatch.setitem(__import__("sys").modules, "natten", None)
-    with pytest.raises(BackendError, match="natten"):
-        ours.na2d(q, k, v, 3, backend="natten")
+    for function in (ours.na2d, neighborhood_attention):
+        with pytest.raises(BackendError, match="'natten' cannot run this call: import of natten halted"):
+            function(q, k, v, 3, backend="natten")
+    with pytest.raises(ValueError, match="must not exceed the map"):
+        neighborhood_attention(q, k, v, 9, backend="natten")
 
 
 @every_rank
 @pytest.mark.parametrize("dilation", [1, 2])
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_equals_natten_where_it_is_installed(axes, dilation, is_causal):
-    pytest.importorskip("natten")
+    pytest.importorskip("natten", reason="the optional package natten is not installed")
     # Forward only: natten's one backend on a CPU has no backward there.
     kernel_size = 2 if axes == 3 else 3
     call = partial(FUNCTIONS[axes], *qkv(axes, dim=32), kernel_size, dilation=dilation, is_causal=is_causal)
     torch.testing.assert_close(call(), call(backend="natten"))
+    torch.testing.assert_close(call(scale=0.3), call(scale=0.3, backend="natten"))
+
+
+def test_what_natten_refuses_names_its_reason():
+    pytest.importorskip("natten", reason="the optional package natten is not installed")
+    q = torch.randn(1, 9, 9, 2, 24)
+    with pytest.raises(BackendError, match="backend 'natten' cannot run this call: .*"):
+        neighborhood_attention(q, q, q, 3, backend="natten")  # its one backend on a CPU needs powers of two

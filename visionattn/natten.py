@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from visionattn.attention import NeighborhoodAttention
-from visionattn.kernels import BackendError, neighborhood_attention
+from visionattn.kernels import neighborhood_attention
 
 __all__ = ["NeighborhoodAttention1D", "NeighborhoodAttention2D", "NeighborhoodAttention3D", "na1d", "na2d", "na3d"]
 
@@ -32,8 +32,6 @@ def _na(
     if query.dim() != axes + 3:
         raise ValueError(f"query must be [B, *spatial, heads, head dim] with {axes} spatial axes, got {query.dim()}-D")
     _check_stride(stride)
-    if backend == "natten":
-        return _natten(axes, query, key, value, kernel_size, dilation, is_causal, scale, rpb)
     causal = False if is_causal is None else is_causal
     return neighborhood_attention(query, key, value, kernel_size, dilation, rpb, causal, scale, backend)
 
@@ -41,18 +39,6 @@ def _na(
 def _check_stride(stride: int | Sequence[int]) -> None:
     if any(s != 1 for s in (stride if isinstance(stride, (tuple, list)) else (stride,))):
         raise ValueError(f"stride must be 1, got {stride!r}: queries that share a window are not implemented")
-
-
-def _natten(axes, query, key, value, kernel_size, dilation, is_causal, scale, rpb) -> Tensor:
-    """The installed natten, for those who want its kernels or compare with them."""
-    if rpb is not None:
-        raise BackendError("backend 'natten' cannot run this call: natten has no relative position bias since 0.20")
-    try:
-        import natten
-    except ImportError as error:
-        raise BackendError(f"backend 'natten' cannot run this call: {error}") from error
-    function = getattr(natten, f"na{axes}d")
-    return function(query, key, value, kernel_size, dilation=dilation, is_causal=is_causal or False, scale=scale)
 
 
 def na1d(
