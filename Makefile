@@ -41,8 +41,8 @@ format: install  ## Format the code and fix what ruff can fix
 	$(BIN)/ruff format .
 
 gpu:  ## GPU tests and benchmark with the Python that is there: nothing is installed
-	$(PYTHON) -m pytest -m gpu tests
-	$(PYTHON) -m visionattn.benchmark gpu --out docs/benchmarks
+	@status=0; $(PYTHON) -m pytest -m gpu tests || status=1; \
+	$(PYTHON) -m visionattn.benchmark gpu --out docs/benchmarks || status=1; exit $$status
 
 bench: install  ## VAN on this machine's CPU beside its plain composition
 	$(BIN)/python -m visionattn.benchmark models van_b0 van_b2

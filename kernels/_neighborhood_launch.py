@@ -75,7 +75,7 @@ def launch_config(
         dtype: Of q, k and v.
     """
     shear = kernel == GRAD_QUERY_BIAS
-    rows, block_n, warps, stages = _sizes(kernel, head_dim, window[2], dtype)
+    rows, block_n, warps, stages = _sizes(kernel, head_dim, dtype)
     tile = (1, min(8 * rows, 32 if shear else 64)) if window[1] == lengths[1] == 1 else (rows, 8)
     planes, rows, columns = (
         halo(length, side, K, past, kernel == GRAD_KEY)
@@ -102,16 +102,19 @@ def launch_config(
     return constants
 
 
-def _sizes(kernel: str, head_dim: int, window: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
-    """Rows of a tile, positions of the halo per step, warps and stages: the largest that compile without spills."""
+def _sizes(kernel: str, head_dim: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
+    """Rows of a tile, positions of the halo per step, warps and stages: the largest that compile without spills.
+
+    One spills all the same: the gradient of a bias wider than 8 of float32 heads of more than 64, which reads 32 keys a
+    step and cannot have a tile of fewer than 16 queries.
+    """
     if dtype.itemsize == 2:
         short = kernel == GRAD_KEY and (head_dim > 32 or head_dim % 16 > 0)
         return 8, 16 if short else 32, 4 if head_dim <= 64 else 8, 2
     # Full-width products run on the ordinary units, which hold their operands in registers.
     grad_query = kernel in (GRAD_QUERY, GRAD_QUERY_BIAS)
     if dtype.itemsize == 8 or (grad_query and head_dim > 64):
-        wide = kernel == GRAD_QUERY_BIAS and window > 8  # a step is a whole row of the halo, of 32 then
-        return 1 if wide else 2, 16, 8, 1
+        return 2, 16, 8, 1
     return 4, 16, 8 if head_dim > (32 if grad_query else 64) else 4, 1
 
 

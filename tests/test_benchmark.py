@@ -8,16 +8,22 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from tests.parity import fixture_image, fixture_weights, load_fixture, relative_error
+from visionattn.backbones.nat import NAT
+from visionattn.backbones.nat import checkpoint_filter_fn as nat_filter_fn
 from visionattn.backbones.van import VAN, checkpoint_filter_fn
 from visionattn.benchmark import cli, models, ops
 from visionattn.benchmark.cli import main
 from visionattn.benchmark.measure import Timer, compare, count_flops, one_line, peak_memory, time_interleaved
 from visionattn.benchmark.models import plain_and_ours, randomize_
+from visionattn.benchmark.neighborhood import flex_mods, masked_sdpa
+from visionattn.benchmark.plain_nat import PlainNAT
 from visionattn.benchmark.plain_van import PlainVAN
 from visionattn.benchmark.report import Report, describe, format_rows, markdown_rows, write_atomic
 from visionattn.benchmark.runner import Candidate, Case, Settings, Workload, run_case
+from visionattn.kernels import neighborhood_attention
 
 CPU = torch.device("cpu")
 TINY = ((8, 16, 24, 32), (1, 2, 1, 1), (2, 2, 2, 2))
@@ -388,6 +394,44 @@ def test_plain_van_equals_ours_with_the_same_weights(training):
     for name, p in ours.named_parameters():
         scale = grads[name].abs().max().item()
         torch.testing.assert_close(p.grad, grads[name], rtol=0, atol=1e-4 * scale + 1e-4, msg=lambda m, n=name: n + m)
+
+
+@pytest.mark.parametrize("name", ["nat/nat_mini_pad_256x192", "dinat/dinat_mini"])
+def test_plain_nat_reproduces_the_authors_recorded_output(name):
+    fixture = load_fixture(name)
+    plain = models.PLAIN["nat"](name.split("/")[1].removesuffix("_pad_256x192")).eval()
+    plain.load_state_dict(fixture_weights(fixture))
+    with torch.inference_mode():
+        output = plain(fixture_image(fixture))
+    assert relative_error(output, torch.tensor(fixture["output"]["values"])) < 2e-6
+
+
+def test_plain_nat_equals_ours_with_the_same_weights():
+    plain = randomize_(PlainNAT(32, (1, 2, 1, 1), 2.0, True, ((1, 1), (1, 2), (2, 1), (1, 1)), num_classes=7))
+    dilations = ((1,), (1, 2), (2,), (1,))
+    heads, depths = (1, 2, 4, 8), (1, 2, 1, 1)
+    ours = NAT(3, 7, "avg", 32, depths, heads, dilations=dilations, mlp_ratio=2.0, layer_scale=1e-5)
+    ours.load_state_dict(nat_filter_fn(plain.state_dict(), ours))
+    x = torch.randn(2, 3, 77, 49)
+    outputs = [model(x) for model in (plain, ours)]
+    for out in outputs:
+        out.square().sum().backward()
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)
+    grads = nat_filter_fn({name: p.grad for name, p in plain.named_parameters()}, ours)
+    for name, p in ours.named_parameters():
+        assert relative_error(p.grad, grads[name]) < 1e-3, name  # sums over all positions in another order
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_flex_attention_is_given_the_same_windows(biased):
+    qkv, bias = torch.randn(1, 15, 16, 3, 2, 16), torch.randn(2, 13, 13) if biased else None
+    mask_mod, score_mod = flex_mods((15, 16), bias, 7, 2, CPU)
+    blocks = create_block_mask(mask_mod, None, None, 240, 240, device="cpu")
+    q, k, v = (t.flatten(1, 2).transpose(1, 2) for t in qkv.unbind(3))
+    out = flex_attention(q, k, v, score_mod=score_mod, block_mask=blocks).transpose(1, 2).unflatten(1, (15, 16))
+    expected = neighborhood_attention(*qkv.unbind(3), 7, 2, bias)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(masked_sdpa(qkv, bias, 7, 2), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_plain_and_ours_share_weights_that_all_matter():

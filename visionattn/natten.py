@@ -3,6 +3,10 @@
 Arguments, layouts and parameter names are natten's: maps [B, *spatial, heads, head dim]; a map shorter than
 ``kernel_size * dilation`` raises, as in natten since 0.17. Runs on any device, and still has the relative position
 bias that natten dropped in 0.20: ``rpb=`` of the functions, ``rel_pos_bias=`` of the modules.
+
+Not offered: ``stride`` above 1, and ``additional_keys`` and ``additional_values``, tokens that every query sees besides
+its window. No published model has them, and each kernel would need another loop, forward and backward, for keys without
+a place on the map; ``visionattn.attention.CircularWindowAttention`` takes such tokens.
 """
 
 from collections.abc import Sequence

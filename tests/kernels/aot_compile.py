@@ -54,7 +54,6 @@ NEIGHBORHOOD = [  # head dim, window, ranks of the longest residue, whether ther
     (24, (1, 7, 7), (1, 56, 56), False),
     (64, (1, 7, 7), (1, 56, 56), False),
     (128, (1, 7, 7), (1, 56, 56), False),
-    (128, (1, 13, 13), (1, 56, 56), False),
     (32, (1, 3, 3), (1, 28, 28), False),
     (32, (1, 13, 13), (1, 56, 56), False),
     (32, (1, 1, 31), (1, 1, 500), False),

@@ -212,12 +212,20 @@ def _check(report: Report) -> int:
 GPU_SET = (
     "ops lka --device cuda --seconds 1 --repeats 50 --candidates "
     "reference,reference+channels_last,torch+channels_last,triton+channels_last,reference+channels_last+compile",
-    "ops neighborhood7 neighborhood7_plain --device cuda --seconds 1 --repeats 50",
+    "ops neighborhood7 --device cuda --seconds 0.5 --repeats 50",
+    "ops neighborhood7_plain neighborhood7_dilated --device cuda --seconds 0.3 --repeats 30 --candidates "
+    "reference,torch,triton,masked_sdpa",
+    "ops neighborhood7 --device cuda --batch 32 --sizes nat_512 --seconds 0.3 --repeats 20 --candidates "
+    "reference,torch,triton,masked_sdpa",
+    "ops neighborhood7 --device cuda --batch 8 --sizes nat_1024 --seconds 0.3 --repeats 20 --candidates "
+    "torch,triton,masked_sdpa",
+    "ops neighborhood7_plain --device cuda --sizes 56x56x64 --seconds 0.3 --repeats 30 --candidates triton,flex",
+    "ops neighborhood7 --device cuda --batch 8 --sizes 128x128x64 --seconds 0.3 --repeats 30 --candidates triton,flex",
     "models van_b0 --device cuda --seconds 3 --candidates "
     "plain,plain+channels_last,ours,ours+compile,resnet50+channels_last,convnext_tiny+channels_last,"
     "swin_tiny_patch4_window7_224,deit_small_patch16_224",
     "models van_b2 --device cuda --seconds 3 --candidates plain,plain+channels_last,ours",
-    "models nat_tiny --device cuda --seconds 3 --candidates swin_tiny_patch4_window7_224,ours",
+    "models nat_tiny --device cuda --seconds 3 --candidates plain,ours,swin_tiny_patch4_window7_224",
     "models van_b0 van_b2 --device cuda --mode infer --batch 1 --seconds 1 --candidates plain,ours",
     "ops depthwise5 depthwise7d3 gated_pointwise --device cuda --seconds 1 --repeats 50 --candidates "
     "reference,reference+channels_last,torch+channels_last,triton+channels_last",

@@ -13,7 +13,7 @@ import torch
 from timm.models import get_pretrained_cfg, model_entrypoint
 from torch import Tensor, nn
 
-from visionattn.benchmark import plain_biformer, plain_flowformer, plain_litv2, plain_ravlt, plain_van
+from visionattn.benchmark import plain_biformer, plain_flowformer, plain_litv2, plain_nat, plain_ravlt, plain_van
 from visionattn.benchmark.ops import parse_candidate
 from visionattn.benchmark.runner import Candidate, Case, Workload
 
@@ -26,8 +26,10 @@ DEFAULT_CANDIDATES = ("plain", "ours", "ours+compile")
 PLAIN: dict[str, Callable[[str], nn.Module]] = {
     "biformer": plain_biformer.build,
     "flowformer": plain_flowformer.build,
+    "dinat": plain_nat.build,
     "litv2": plain_litv2.build,
     "mavit": plain_ravlt.build,
+    "nat": plain_nat.build,
     "ravlt": plain_ravlt.build,
     "van": plain_van.build,
 }

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from visionattn.benchmark import plain_ravlt
+from visionattn.benchmark import neighborhood, plain_ravlt
 from visionattn.benchmark.plain_flowformer import plain_flow_attention
 from visionattn.benchmark.runner import Candidate, Case, Workload
 from visionattn.kernels import (
@@ -24,7 +24,6 @@ from visionattn.kernels import (
     neighborhood_attention,
     rotary_tables,
 )
-from visionattn.kernels.windows import map_windows
 
 __all__ = ["OPS", "SIZE_SETS", "OpBenchmark", "OpCase", "Size", "op_benchmark", "op_case", "parse_candidate"]
 
@@ -63,6 +62,8 @@ SIZE_SETS = {
     "flowformer": _sizes("56x56x96 28x28x192 14x14x384 7x7x768"),
     "biformer_tiny": _sizes("56x56x64 28x28x128 14x14x256"),
     "biformer_tiny_1024": _sizes("256x256x64 128x128x128 64x64x256"),
+    "nat_512": _sizes("128x128x64 64x64x128 32x32x256 16x16x512"),
+    "nat_1024": _sizes("256x256x64 128x128x128 64x64x256 32x32x512"),
     "large": _sizes("112x112x64"),
 }
 
@@ -255,19 +256,11 @@ def _neighborhood(batch: int, size: Size, rand: Callable[..., Tensor], dilation:
     def attend(qkv: Tensor, bias: Tensor | None = None, backend: str | None = None) -> Tensor:
         return neighborhood_attention(*qkv.unbind(3), 7, dilation, bias, backend=backend)
 
-    def masked(qkv: Tensor, bias: Tensor | None = None) -> Tensor:
-        keys, offsets, _ = map_windows((size.height, size.width), (7, 7), (dilation,) * 2, (False,) * 2, qkv.device)
-        table = qkv.new_zeros(1, 13, 13) if bias is None else bias
-        mask = qkv.new_full((1, table.shape[0], *(len(keys),) * 2), -torch.inf)
-        mask = mask.scatter(3, keys.expand(1, len(table), -1, -1), table.flatten(1)[None, :, offsets])
-        q, k, v = (t.flatten(1, 2).transpose(1, 2) for t in qkv.unbind(3))
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return out.transpose(1, 2).unflatten(1, (size.height, size.width))
-
-    return OpCase(inputs=tuple(inputs), functions={**_by_backend(attend), "masked_sdpa": masked})
+    others = {f.__name__: partial(f, dilation=dilation) for f in (neighborhood.masked_sdpa, neighborhood.flex)}
+    return OpCase(inputs=tuple(inputs), functions={**_by_backend(attend), **others})
 
 
-NEIGHBORHOOD_CANDIDATES = ("reference", "torch", "triton", "torch+compile", "masked_sdpa")
+NEIGHBORHOOD_CANDIDATES = ("reference", "torch", "triton", "torch+compile", "masked_sdpa", "flex")
 
 
 @op_benchmark("neighborhood7", size_set="nat_tiny", candidates=NEIGHBORHOOD_CANDIDATES)
@@ -280,6 +273,12 @@ def neighborhood7(batch: int, size: Size, rand: Callable[..., Tensor]) -> OpCase
 def neighborhood7_plain(batch: int, size: Size, rand: Callable[..., Tensor]) -> OpCase:
     """Neighborhood attention 7x7 without bias."""
     return _neighborhood(batch, size, rand, dilation=1, biased=False)
+
+
+@op_benchmark("neighborhood7_dilated", size_set="nat_tiny", candidates=NEIGHBORHOOD_CANDIDATES)
+def neighborhood7_dilated(batch: int, size: Size, rand: Callable[..., Tensor]) -> OpCase:
+    """Neighborhood attention 7x7 with bias, dilated until a window spans the map, as in DiNAT."""
+    return _neighborhood(batch, size, rand, dilation=max(min(size.height, size.width) // 7, 1), biased=True)
 
 
 def _einsum_linear(q: Tensor, k: Tensor, v: Tensor, layout: str) -> Tensor:
