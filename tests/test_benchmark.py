@@ -308,7 +308,7 @@ def test_model_without_plain_counterpart_still_runs(capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("ops lkaa", "unknown operator 'lkaa'; allowed are"),
+        ("ops lkaa", "unknown operator 'lkaa'; did you mean lka"),
         ("ops lka --sizes 3x3", "HEIGHTxWIDTHxCHANNELS"),
         ("ops lka --sizes van", "allowed are van_b0, van_b2, nat_tiny"),
         ("ops lka --candidates torhc", "allowed are reference, torch, triton"),

@@ -25,8 +25,8 @@ DEFAULT_CANDIDATES = ("plain", "ours", "ours+compile")
 # authors' names, so the family's checkpoint_filter_fn carries the weights over to ours.
 PLAIN: dict[str, Callable[[str], nn.Module]] = {
     "biformer": plain_biformer.build,
-    "flowformer": plain_flowformer.build,
     "dinat": plain_nat.build,
+    "flowformer": plain_flowformer.build,
     "litv2": plain_litv2.build,
     "mavit": plain_ravlt.build,
     "nat": plain_nat.build,
