@@ -440,3 +440,12 @@ def test_plain_and_ours_share_weights_that_all_matter():
     torch.testing.assert_close(plain.head.weight, ours.head.fc.weight, rtol=0, atol=0)
     neutral = [n for n, t in plain.state_dict().items() if t.dim() == 1 and (t.unique().numel() == 1)]
     assert not neutral
+
+
+def test_feature_maps_are_measured_beside_other_pyramids(capsys):
+    arguments = "models van_b0 --features --candidates ours,test_resnet --img-size 64 --batch 1 --mode infer,train"
+    assert main([*arguments.split(), "--repeats", "1", "--seconds", "0.1"]) == 0
+    shown = capsys.readouterr().out
+    assert "ours" in shown and "test_resnet" in shown and "n/a" not in shown
+    assert main("models van_b0 --features --candidates plain".split()) == 2
+    assert "plain has no feature maps" in capsys.readouterr().err

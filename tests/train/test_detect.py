@@ -202,6 +202,22 @@ def test_scores_of_images_without_objects_are_defined(masks):
     assert metric.compute()["AP"] == 0
 
 
+@pytest.mark.slow
+def test_eight_scenes_are_learned_by_heart(tmp_path, tiny):
+    flags = ["--data.img_size=96", "--data.fresh=false", "--data.train_scenes=8", "--data.batch_size=8"]
+    flags += ["--data.objects=[1,2]", "--data.sides=[0.4,0.6]", "--model.min_size=[96]", "--model.max_size=96"]
+    flags += ["--model.model_args={embed_dims: [32,48,64,96], depths: [1,1,1,1], mlp_ratios: [4,4,4,4]}"]
+    flags += ["--model.schedule=cosine", "--trainer.gradient_clip_val=5.0"]
+    cli = fit(tmp_path, tiny, *flags, "--trainer.max_epochs=300", "--trainer.check_val_every_n_epoch=300")
+    net, (scenes, _), metric = cli.model.net.eval(), cli.datamodule.dataset("train"), MeanAP(masks=False)
+    with torch.no_grad():
+        for i in range(8):
+            image, target = scenes[i]
+            metric.update(net([image / 255]), [target], [i])
+    scores = metric.compute()
+    assert scores["AP50"] > 95 and scores["AP"] > 75
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tiny):
     """A run of two epochs of FCOS."""

@@ -9,6 +9,7 @@ from PIL import Image
 from torchvision import tv_tensors
 
 from tests.train.dense_data import MASKS, folders, save
+from visionattn.train.cli import run
 from visionattn.train.data import Masks
 from visionattn.train.data.joint import IGNORE, RandomScaleCrop, eval_image, eval_size
 from visionattn.train.data.layouts import voc_palette
@@ -181,3 +182,12 @@ def test_unreadable_images_are_replaced_in_training_and_left_out_in_validation(t
 def test_impossible_settings_are_refused(tmp_path, arguments, message):
     with pytest.raises(UserError, match=message):
         masks(folders(tmp_path), **arguments).check(["train"])
+
+
+def test_a_mistake_found_while_loading_in_another_process_is_one_line(tmp_path, tiny):
+    root = folders(tmp_path / "data")
+    wrong_size(root)
+    flags = [f"--data.root={root}", "--data.num_workers=1", "--data.check_images=0", "--data.img_size=32"]
+    head = ["--model=Segmentation", "--model.head=mlp", "--model.head_args={width: 16}", f"--out={tmp_path / 'run'}"]
+    with pytest.raises(UserError, match=r"^\S*val/0.jpg is 64 x 64, .* pixels: they must be the same$"):
+        run(["fit", "--data=Masks", *flags, *tiny, *head, "--trainer.max_epochs=1"])

@@ -95,6 +95,7 @@ def _build_parser() -> _Parser:
     models = commands.add_parser("models", parents=[common], help="whole networks")
     models.add_argument("names", nargs="*", metavar="NAME", help="timm model names (default: van_b0 van_b2)")
     models.add_argument("--img-size", default="224", help="comma list (default 224)")
+    models.add_argument("--features", action="store_true", help="the maps of features_only=True instead of logits")
     models.add_argument("--amp", action="store_true", help="float32 weights under autocast to --dtype")
     gpu = commands.add_parser("gpu", help="the fixed set for a GPU; writes JSON and Markdown")
     gpu.add_argument("--out", type=Path, default=Path("docs/benchmarks"), metavar="FOLDER")
@@ -130,11 +131,12 @@ def _op_cases(args: argparse.Namespace, batch: int, candidates: list[str] | None
 def _model_cases(args: argparse.Namespace, batch: int, candidates: list[str] | None) -> list[Case]:
     known = timm.list_models() + timm.list_models(pretrained=True)
     names = _known("model", args.names or ["van_b0", "van_b2"], known)
-    candidates = candidates or list(DEFAULT_CANDIDATES)
+    candidates = candidates or (["ours"] if args.features else list(DEFAULT_CANDIDATES))
     _known("candidate", [parse_candidate(c)[0] for c in candidates], ["plain", "ours", *known])
     sizes = [_positive(int)(size) for size in _comma_list(args.img_size)]
     device, dtype = torch.device(args.device), DTYPES[args.dtype]
-    return [model_case(name, size, batch, device, dtype, candidates, args.amp) for name in names for size in sizes]
+    options = (batch, device, dtype, candidates, args.amp, args.features)
+    return [model_case(name, size, *options) for name in names for size in sizes]
 
 
 def _plan(args: argparse.Namespace) -> _Plan:

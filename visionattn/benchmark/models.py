@@ -60,15 +60,26 @@ def _names_of_ours(name: str, grads: dict[str, Tensor]) -> dict[str, Tensor]:
     return _filter_fn(name)(grads, ours)
 
 
-def _create(name: str, img_size: int) -> nn.Module:
+def _create(name: str, img_size: int, **arguments) -> nn.Module:
     """A timm model for the image size; models that take any size have no ``img_size`` argument."""
     cfg = get_pretrained_cfg(name)
     if cfg is None or cfg.input_size[-1] == img_size:
-        return timm.create_model(name)
+        return timm.create_model(name, **arguments)
     try:
-        return timm.create_model(name, img_size=img_size)
+        return timm.create_model(name, img_size=img_size, **arguments)
     except TypeError:
-        return timm.create_model(name)
+        return timm.create_model(name, **arguments)
+
+
+class _Maps(nn.Module):
+    """A model that gives its feature maps; the coarsest stands for all of them in what is measured."""
+
+    def __init__(self, name: str, img_size: int) -> None:
+        super().__init__()
+        self.net = _create(name, img_size, features_only=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)[-1]
 
 
 def _family(name: str) -> str:
@@ -87,7 +98,10 @@ def plain_and_ours(name: str, img_size: int = 224) -> tuple[nn.Module, nn.Module
     return plain, ours
 
 
-def _network(name: str, who: str, img_size: int) -> nn.Module:
+def _network(name: str, who: str, img_size: int, features: bool) -> nn.Module:
+    if features:
+        torch.manual_seed(0)
+        return _Maps(name if who == "ours" else who, img_size)
     if who == "plain" or (who == "ours" and _family(name) in PLAIN):
         plain, ours = plain_and_ours(name, img_size)
         return plain if who == "plain" else ours
@@ -108,11 +122,12 @@ def _workload(
     device: torch.device,
     dtype: torch.dtype,
     amp: bool,
+    features: bool,
     mode: str,
 ) -> Workload:
     who, channels_last, compiled = parse_candidate(candidate)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    model = _network(name, who, shape[-1]).train(mode == "train")
+    model = _network(name, who, shape[-1], features).train(mode == "train")
     model = model.to(device=device, dtype=torch.float32 if amp else dtype)
     if channels_last:
         model = model.to(memory_format=layout)
@@ -144,13 +159,20 @@ def model_case(
     dtype: torch.dtype,
     candidates: Sequence[str] = DEFAULT_CANDIDATES,
     amp: bool = False,
+    features: bool = False,
 ) -> Case:
-    """The case of a model at one image size."""
+    """The case of a model at one image size; ``features`` measures its feature maps instead of its logits.
+
+    Raises:
+        ValueError: If ``features`` is asked of a plain composition, which has logits only.
+    """
+    if features and (plain := [c for c in candidates if parse_candidate(c)[0] == "plain"]):
+        raise ValueError(f"{plain[0]} has no feature maps; choose other candidates with --candidates, such as ours")
     cfg = get_pretrained_cfg(name)
     shape = (batch, cfg.input_size[0] if cfg else 3, img_size, img_size)
     return Case(
         name=name,
         shape="x".join(map(str, shape)),
-        candidates=[Candidate(c, partial(_workload, name, c, shape, device, dtype, amp)) for c in candidates],
+        candidates=[Candidate(c, partial(_workload, name, c, shape, device, dtype, amp, features)) for c in candidates],
         unit="image",
     )

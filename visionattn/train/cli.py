@@ -272,6 +272,10 @@ def run(args: list[str] | None = None) -> CLI:
         return CLI(args)
     except (MisconfigurationException, torch.cuda.OutOfMemoryError) as error:
         raise UserError(one_line(error)) from error
+    except UserError as error:
+        if "Original Traceback" in str(error):  # from a process that loads data
+            raise UserError(str(error).strip().splitlines()[-1].split("UserError: ", 1)[-1]) from None
+        raise
     except ValueError as error:  # the parser's, around one of ours from a constructor
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None

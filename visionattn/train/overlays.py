@@ -19,10 +19,13 @@ def paint(classes: Tensor, palette: Palette) -> Tensor:
 
 
 def overlay_classes(image: Tensor, classes: Tensor, palette: Palette, strength: float = 0.6) -> Tensor:
-    """An image [3, H, W], uint8, with its class map [H, W] painted over it; what is no class stays as it is."""
-    image, classes = image.cpu(), classes.cpu()
-    mixed = torch.lerp(image.float(), paint(classes, palette).float(), strength).round().to(torch.uint8)
-    return torch.where(classes < len(palette), mixed, image)
+    """An image [3, H, W], uint8, with its class map [H, W] painted over it.
+
+    What is no class, or one whose colour is black, such as VOC's background, stays as it is.
+    """
+    image, painted = image.cpu(), paint(classes, palette)
+    mixed = torch.lerp(image.float(), painted.float(), strength).round().to(torch.uint8)
+    return torch.where(painted.any(0), mixed, image)
 
 
 def overlay_objects(
