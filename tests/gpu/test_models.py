@@ -20,7 +20,7 @@ pytestmark = [
 ]
 
 # One model a family is enough here: the kernels have their own tests, these look at what joins them.
-NAMES = ["van_b0", "nat_mini", "biformer_tiny"]
+NAMES = ["van_b0", "nat_mini", "biformer_tiny", "ravlt_t", "mavit_t"]
 SIZES = [(96, 96), (97, 131)]  # the odd one leaves remainders in every tile and stride
 
 

@@ -223,11 +223,13 @@ GPU_SET = (
     "torch,triton,masked_sdpa",
     "ops neighborhood7_plain --device cuda --sizes 56x56x64 --seconds 0.3 --repeats 30 --candidates triton,flex",
     "ops neighborhood7 --device cuda --batch 8 --sizes 128x128x64 --seconds 0.3 --repeats 30 --candidates triton,flex",
+    "ops rala mala --device cuda --seconds 0.3 --repeats 30",
     "models van_b0 --device cuda --seconds 3 --candidates "
     "plain,plain+channels_last,ours,ours+compile,resnet50+channels_last,convnext_tiny+channels_last,"
     "swin_tiny_patch4_window7_224,deit_small_patch16_224",
     "models van_b2 --device cuda --seconds 3 --candidates plain,plain+channels_last,ours",
     "models nat_tiny --device cuda --seconds 3 --candidates plain,ours,swin_tiny_patch4_window7_224",
+    "models ravlt_t mavit_t --device cuda --seconds 2 --candidates plain,ours",
     "models van_b0 van_b2 --device cuda --mode infer --batch 1 --seconds 1 --candidates plain,ours",
     "ops depthwise5 depthwise7d3 gated_pointwise --device cuda --seconds 1 --repeats 50 --candidates "
     "reference,reference+channels_last,torch+channels_last,triton+channels_last",
