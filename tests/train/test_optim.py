@@ -1,9 +1,11 @@
 import pytest
 import timm
 import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
 from torch import nn
 
-from visionattn.train.optim import create_optimizer, warmup_cosine
+from visionattn.train.optim import create_optimizer, param_groups, warmup_cosine
 
 
 def small_van():
@@ -55,3 +57,46 @@ def test_vectors_have_no_weight_decay():
     for group in optimizer.param_groups:
         assert all((p.ndim > 1) == (group["weight_decay"] > 0) for p in group["params"])
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+
+
+def small_litv2():
+    return timm.create_model("litv2_small", embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2), num_classes=3)
+
+
+def rates(optimizer):
+    return {parameter: group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+
+
+@pytest.mark.parametrize("layer_decay", [None, 0.5])
+def test_parameters_with_a_rate_of_their_own_keep_their_share_of_it(layer_decay):
+    model = small_litv2()
+    scaled = rates(create_optimizer(model, "adamw", 1.0, 0.05, layer_decay))
+    model.lr_scales = lambda: {}
+    common = rates(create_optimizer(model, "adamw", 1.0, 0.05, layer_decay))
+    assert scaled.keys() == common.keys() == set(model.parameters())
+    for name, parameter in model.named_parameters():
+        assert scaled[parameter] / common[parameter] == pytest.approx(0.01 if "conv_offset" in name else 1)
+
+
+def test_rates_of_their_own_leave_weight_decay_as_it_is():
+    optimizer = create_optimizer(small_litv2(), "adamw", lr=1e-3, weight_decay=0.05)
+    for group in optimizer.param_groups:
+        assert all((p.ndim > 1) == (group["weight_decay"] > 0) for p in group["params"])
+
+
+def test_timm_s_own_schedulers_honour_the_parameter_groups():
+    model = small_litv2()
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=1.0, param_group_fn=param_groups)
+    scheduler, _ = create_scheduler_v2(optimizer, sched="cosine", num_epochs=10, warmup_epochs=2, warmup_lr=0.1)
+    for epoch in (0, 1, 5):
+        scheduler.step(epoch)
+        by_name = {name: rates(optimizer)[parameter] for name, parameter in model.named_parameters()}
+        (slow,) = {rate for name, rate in by_name.items() if "conv_offset" in name}
+        (common,) = {rate for name, rate in by_name.items() if "conv_offset" not in name}
+        assert slow == pytest.approx(0.01 * common)
+
+
+def test_parameter_groups_need_nothing_of_the_model():
+    model = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3))
+    groups = param_groups(model, weight_decay=0.1)
+    assert [(len(g["params"]), g["weight_decay"], g["lr_scale"]) for g in groups] == [(3, 0.0, 1.0), (1, 0.1, 1.0)]

@@ -1,4 +1,5 @@
-"""Command line: ``ops`` and ``models`` measure what they are told, ``gpu`` runs a fixed set and writes the results."""
+"""Command line: ``ops``, ``layers`` and ``models`` measure what they are told, ``gpu`` a fixed set whose results it
+writes."""
 
 import argparse
 import shlex
@@ -13,6 +14,8 @@ from typing import NoReturn
 import timm
 import torch
 
+from visionattn.benchmark.figures import draw_growth
+from visionattn.benchmark.layers import LAYERS, layer_case
 from visionattn.benchmark.measure import copy_bandwidth, one_line
 from visionattn.benchmark.models import DEFAULT_CANDIDATES, model_case
 from visionattn.benchmark.ops import OPS, SIZE_SETS, Size, op_case, parse_candidate
@@ -67,7 +70,7 @@ def _build_parser() -> _Parser:
     common = _Parser(add_help=False)
     common.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     common.add_argument("--dtype", choices=DTYPES, help="default: float32 on the CPU, bfloat16 on a GPU")
-    common.add_argument("--batch", type=_positive(int), help="default: 2 (ops) or 8 (models) on the CPU, 128 on a GPU")
+    common.add_argument("--batch", type=_positive(int), help="default: 2 (ops), 8 (others) on the CPU, 128 on a GPU")
     common.add_argument("--mode", default=",".join(MODES), help="infer, train or infer,train (default)")
     common.add_argument("--candidates", help="comma list; name[+channels_last][+compile]")
     common.add_argument("--baseline", help="candidate that ratios and errors refer to (default: the first)")
@@ -83,7 +86,7 @@ def _build_parser() -> _Parser:
     common.add_argument("--json", type=Path, metavar="FILE", help="write header and rows")
 
     parser = _Parser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="ops|models|gpu")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="ops|layers|models|gpu")
     ops = commands.add_parser(
         "ops",
         parents=[common],
@@ -92,6 +95,15 @@ def _build_parser() -> _Parser:
     )
     ops.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(OPS)} (default: all)")
     ops.add_argument("--sizes", help=f"comma list of HxWxC or of {', '.join(SIZE_SETS)}")
+    layers = commands.add_parser(
+        "layers",
+        parents=[common],
+        help="layers, beside what they are an alternative to",
+        epilog="layers: " + "; ".join(f"{name}: {layer.summary}" for name, layer in LAYERS.items()),
+    )
+    layers.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(LAYERS)} (default: all)")
+    layers.add_argument("--sizes", help="comma list of HxWxC")
+    layers.add_argument("--plot", type=Path, metavar="FILE", help="draw how the one layer named grows with the map")
     models = commands.add_parser("models", parents=[common], help="whole networks")
     models.add_argument("names", nargs="*", metavar="NAME", help="timm model names (default: van_b0 van_b2)")
     models.add_argument("--img-size", default="224", help="comma list (default 224)")
@@ -105,7 +117,7 @@ def _build_parser() -> _Parser:
 
 @dataclass
 class _Plan:
-    """Parsed and checked arguments of ``ops`` or ``models``."""
+    """Parsed and checked arguments of ``ops``, ``layers`` or ``models``."""
 
     cases: list[Case]
     modes: list[str]
@@ -128,6 +140,21 @@ def _op_cases(args: argparse.Namespace, batch: int, candidates: list[str] | None
     ]
 
 
+def _layer_cases(args: argparse.Namespace, batch: int, candidates: list[str] | None) -> list[Case]:
+    sizes = [Size.parse(text) for text in _comma_list(args.sizes or "")]
+    device, dtype = torch.device(args.device), DTYPES[args.dtype]
+    names = _known("layer", args.names or LAYERS, LAYERS)
+    allowed = dict.fromkeys(candidate for name in names for candidate in LAYERS[name].candidates())
+    _known("candidate", [parse_candidate(c)[0] for c in candidates or []], allowed)
+    if args.plot and len(names) != 1:
+        raise ValueError(f"--plot draws one layer, not {', '.join(names)}")
+    return [
+        layer_case(name, size, batch, device, dtype, candidates)
+        for name in names
+        for size in sizes or LAYERS[name].sizes
+    ]
+
+
 def _model_cases(args: argparse.Namespace, batch: int, candidates: list[str] | None) -> list[Case]:
     known = timm.list_models() + timm.list_models(pretrained=True)
     names = _known("model", args.names or ["van_b0", "van_b2"], known)
@@ -147,15 +174,17 @@ def _plan(args: argparse.Namespace) -> _Plan:
     args.dtype = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     if getattr(args, "amp", False) and args.dtype not in ("bfloat16", "float16"):
         raise ValueError(f"--amp needs --dtype bfloat16 or float16, not {args.dtype}")
-    if args.json and not args.json.resolve().parent.is_dir():
-        raise ValueError(f"--json {args.json}: folder {args.json.parent} does not exist")
+    for option in ("json", "plot"):
+        path = getattr(args, option, None)
+        if path and not path.resolve().parent.is_dir():
+            raise ValueError(f"--{option} {path}: folder {path.parent} does not exist")
     modes = _known("mode", _comma_list(args.mode), MODES)
     candidates = _comma_list(args.candidates) if args.candidates else None
     for candidate in candidates or []:
         parse_candidate(candidate)
     operators = args.command == "ops"
     batch = args.batch or (128 if device.type == "cuda" else 2 if operators else 8)
-    cases = (_op_cases if operators else _model_cases)(args, batch, candidates)
+    cases = {"ops": _op_cases, "layers": _layer_cases, "models": _model_cases}[args.command](args, batch, candidates)
     if args.baseline:
         for case in cases:
             _known("baseline", [args.baseline], [candidate.name for candidate in case.candidates])
@@ -208,6 +237,12 @@ def _check(report: Report) -> int:
         why = f"error {row.error:.1e}" if row.error is not None else row.reason
         print(f"check failed: {row.case} {row.shape} {row.mode}: {row.candidate}: {why}", file=sys.stderr)
     return 1 if bad else 0
+
+
+def _caption(plan: _Plan, report: Report) -> str:
+    batch = plan.cases[0].shape.partition("x")[0]
+    device = report.header.get("gpu") or f"{report.header['cpu']}, {report.header['threads']} threads"
+    return f"{plan.cases[0].name}: {device}, {plan.dtype}, batch {batch}"
 
 
 # Most wanted first: what the time budget cuts off is at the end. Compilation is most of the time.
@@ -280,4 +315,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     report = _run(args, plan, f"{PROGRAM} {shlex.join(argv)}")
+    if getattr(args, "plot", None):
+        try:
+            draw_growth(report.rows, args.plot, _caption(plan, report))
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
     return _check(report) if args.check else 0

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
-__all__ = ["PlainHiLo", "PlainLITv2", "build"]
+__all__ = ["PlainHiLo", "PlainLITv2", "PlainMerging", "build"]
 
 # channels of the first stage, depths, heads, alpha
 VARIANTS = {
@@ -134,7 +134,13 @@ class _DeformableConv(nn.Module):
         return deform_conv2d(*operands, stride=2)
 
 
-class _Merging(nn.Module):
+class PlainMerging(nn.Module):
+    """Deformable token merging of tokens [B, H * W, dim], to half the sides and twice the channels.
+
+    Args:
+        dim: Channels.
+    """
+
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.dconv = _DeformableConv(dim)
@@ -142,13 +148,14 @@ class _Merging(nn.Module):
         self.act_layer = nn.GELU()
 
     def forward(self, x: Tensor, size: Size) -> tuple[Tensor, Size]:
+        """Tokens of a map of this size to merged tokens and the size of their map."""
         x = x.transpose(1, 2).unflatten(2, size).contiguous()
         y = self.dconv(x).to(x.dtype)
         return self.act_layer(self.norm_layer(y)).flatten(2).transpose(1, 2), y.shape[2:]
 
 
 class _Layer(nn.Module):
-    def __init__(self, blocks: list[_Block], downsample: _Merging | None) -> None:
+    def __init__(self, blocks: list[_Block], downsample: PlainMerging | None) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.downsample = downsample
@@ -194,7 +201,7 @@ class PlainLITv2(nn.Module):
         for i, (depth, heads, window) in enumerate(zip(depths, num_heads, window_size, strict=True)):
             dim = embed_dim * 2**i
             blocks = [_Block(dim, heads, window, alpha) for _ in range(depth)]
-            self.layers.append(_Layer(blocks, _Merging(dim) if i < len(depths) - 1 else None))
+            self.layers.append(_Layer(blocks, PlainMerging(dim) if i < len(depths) - 1 else None))
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, num_classes)
 

@@ -2,11 +2,45 @@
 
 import math
 from collections.abc import Callable
+from fnmatch import fnmatch
+from functools import partial
+from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
+
+
+def param_groups(
+    model: nn.Module, weight_decay: float = 0.05, layer_decay: float | None = None
+) -> list[dict[str, Any]]:
+    """timm's parameter groups, divided further by the learning rates that the model's ``lr_scales`` asks for.
+
+    For ``timm.optim.create_optimizer_v2(model, param_group_fn=param_groups, ...)``. Every group has its factor in
+    ``lr_scale``, which timm's schedulers read; other schedulers do not.
+
+    Args:
+        model: Gives parameters, ``no_weight_decay``, ``group_matcher`` and ``lr_scales``, each of them if it has it.
+        weight_decay: Weight decay of matrices and kernels.
+        layer_decay: Factor from each layer's learning rate to that of the layer before it; None for equal rates.
+    """
+    exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    if layer_decay is None:
+        groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=exempt)
+    else:
+        groups = param_groups_layer_decay(model, weight_decay, exempt, layer_decay=layer_decay)
+    scales = model.lr_scales() if hasattr(model, "lr_scales") else {}
+    own = {
+        parameter: math.prod(scale for pattern, scale in scales.items() if fnmatch(name, pattern))
+        for name, parameter in model.named_parameters()
+    }
+    divided = []
+    for group in groups:
+        for scale in dict.fromkeys(own[parameter] for parameter in group["params"]):
+            params = [parameter for parameter in group["params"] if own[parameter] == scale]
+            divided.append({**group, "params": params, "lr_scale": group.get("lr_scale", 1.0) * scale})
+    return divided
 
 
 def create_optimizer(
@@ -15,16 +49,18 @@ def create_optimizer(
     """timm's optimizer, without weight decay on biases, norms and what the model exempts.
 
     timm leaves the factors of layer-wise decay in ``lr_scale``, which only its own schedulers read: with any other
-    every layer would learn equally fast. Here they are folded into each group's ``lr``.
+    every layer would learn equally fast. Here they are folded into each group's ``lr``, as are the model's own.
 
     Args:
-        model: Gives parameters, ``no_weight_decay`` and ``group_matcher``.
+        model: Gives parameters, ``no_weight_decay``, ``group_matcher`` and ``lr_scales``.
         name: One of ``timm.optim.list_optimizers()``.
         lr: Learning rate of the last layer.
         weight_decay: Weight decay of matrices and kernels.
         layer_decay: Factor from each layer's learning rate to that of the layer before it; None for equal rates.
         **arguments: Passed to the optimizer.
     """
+    if hasattr(model, "lr_scales") and model.lr_scales():
+        arguments["param_group_fn"] = partial(param_groups, weight_decay=weight_decay, layer_decay=layer_decay)
     optimizer = create_optimizer_v2(
         model, opt=name, lr=lr, weight_decay=weight_decay, layer_decay=layer_decay, **arguments
     )
