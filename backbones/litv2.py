@@ -156,11 +156,6 @@ class LITv2(Pyramid):
         self.init_weights()
 
     @torch.jit.ignore
-    def lr_scales(self) -> dict[str, float]:
-        """The convolutions that predict offsets learn at a hundredth of the rate, as the authors trained them."""
-        return {"*.conv_offset.*": 0.01}
-
-    @torch.jit.ignore
     def init_weights(self) -> None:
         """The authors' initialisation: truncated normal linear layers, fan-out normal depthwise convolutions, no offset
         in the mergings and PyTorch's own weights there and in the stem."""

@@ -104,11 +104,6 @@ class Backbone(nn.Module):
         return set()
 
     @torch.jit.ignore
-    def lr_scales(self) -> dict[str, float]:
-        """Learning rates of their own: wildcards of parameter names, each with a factor of the common rate."""
-        return {}
-
-    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute every block's activations in the backward pass instead of keeping them."""
         for stage in self.stages:

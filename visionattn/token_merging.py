@@ -84,6 +84,11 @@ class DeformableTokenMerging(nn.Module):
         self.proj.reset_parameters()
         self.norm.reset_parameters()
 
+    @torch.jit.ignore
+    def lr_scales(self) -> dict[str, float]:
+        """Parameters with a learning rate of their own: offsets learn at a hundredth of it, as the authors trained."""
+        return {"conv_offset.*": 0.01}
+
     def forward(self, x: Tensor) -> Tensor:
         x = at_least(x, 2)
         if torch.jit.is_scripting():

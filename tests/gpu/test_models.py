@@ -20,7 +20,7 @@ pytestmark = [
 ]
 
 # One model a family is enough here: the kernels have their own tests, these look at what joins them.
-NAMES = ["van_b0", "nat_mini", "biformer_tiny", "ravlt_t", "mavit_t"]
+NAMES = ["van_b0", "nat_mini", "biformer_tiny", "ravlt_t", "mavit_t", "litv2_small"]
 SIZES = [(96, 96), (97, 131)]  # the odd one leaves remainders in every tile and stride
 
 
@@ -173,7 +173,7 @@ def test_short_training_lowers_the_loss(model):
     assert losses[-1] < losses[0] / 2
 
 
-@pytest.mark.parametrize("name", ["van/van_b0"])
+@pytest.mark.parametrize("name", ["van/van_b0", "litv2/litv2_small"])
 def test_gpu_reproduces_the_authors_recorded_output(name, tmp_path):
     fixture = load_fixture(name)
     file = tmp_path / "checkpoint.pth"

@@ -5,6 +5,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 
+from visionattn.token_merging import DeformableTokenMerging
 from visionattn.train.optim import create_optimizer, param_groups, warmup_cosine
 
 
@@ -59,8 +60,8 @@ def test_vectors_have_no_weight_decay():
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
 
 
-def small_litv2():
-    return timm.create_model("litv2_small", embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2), num_classes=3)
+def small_litv2(**kwargs):
+    return timm.create_model("litv2_small", embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2), **kwargs)
 
 
 def rates(optimizer):
@@ -68,10 +69,12 @@ def rates(optimizer):
 
 
 @pytest.mark.parametrize("layer_decay", [None, 0.5])
-def test_parameters_with_a_rate_of_their_own_keep_their_share_of_it(layer_decay):
-    model = small_litv2()
+@pytest.mark.parametrize("features_only", [False, True])
+def test_parameters_with_a_rate_of_their_own_keep_their_share_of_it(layer_decay, features_only, monkeypatch):
+    model = small_litv2(features_only=features_only)
+    model = nn.ModuleDict({"backbone": model, "decoder": nn.Linear(2, 2)}) if features_only else model
     scaled = rates(create_optimizer(model, "adamw", 1.0, 0.05, layer_decay))
-    model.lr_scales = lambda: {}
+    monkeypatch.delattr(DeformableTokenMerging, "lr_scales")
     common = rates(create_optimizer(model, "adamw", 1.0, 0.05, layer_decay))
     assert scaled.keys() == common.keys() == set(model.parameters())
     for name, parameter in model.named_parameters():

@@ -15,13 +15,14 @@ from torch.optim.lr_scheduler import LambdaLR
 def param_groups(
     model: nn.Module, weight_decay: float = 0.05, layer_decay: float | None = None
 ) -> list[dict[str, Any]]:
-    """timm's parameter groups, divided further by the learning rates that the model's ``lr_scales`` asks for.
+    """timm's parameter groups, divided further by the learning rates that layers ask for.
 
     For ``timm.optim.create_optimizer_v2(model, param_group_fn=param_groups, ...)``. Every group has its factor in
     ``lr_scale``, which timm's schedulers read; other schedulers do not.
 
     Args:
-        model: Gives parameters, ``no_weight_decay``, ``group_matcher`` and ``lr_scales``, each of them if it has it.
+        model: Gives parameters, ``no_weight_decay`` and ``group_matcher``; any layer in it may have ``lr_scales``, which
+            returns wildcards of its parameters' names, each with a factor of the common rate.
         weight_decay: Weight decay of matrices and kernels.
         layer_decay: Factor from each layer's learning rate to that of the layer before it; None for equal rates.
     """
@@ -30,7 +31,7 @@ def param_groups(
         groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=exempt)
     else:
         groups = param_groups_layer_decay(model, weight_decay, exempt, layer_decay=layer_decay)
-    scales = model.lr_scales() if hasattr(model, "lr_scales") else {}
+    scales = _lr_scales(model)
     own = {
         parameter: math.prod(scale for pattern, scale in scales.items() if fnmatch(name, pattern))
         for name, parameter in model.named_parameters()
@@ -43,6 +44,16 @@ def param_groups(
     return divided
 
 
+def _lr_scales(model: nn.Module) -> dict[str, float]:
+    """What the layers of a network ask for, by wildcards of the network's parameter names."""
+    return {
+        f"{prefix}.{pattern}" if prefix else pattern: scale
+        for prefix, layer in model.named_modules()
+        if hasattr(layer, "lr_scales")
+        for pattern, scale in layer.lr_scales().items()
+    }
+
+
 def create_optimizer(
     model: nn.Module, name: str, lr: float, weight_decay: float, layer_decay: float | None = None, **arguments
 ) -> torch.optim.Optimizer:
@@ -52,14 +63,14 @@ def create_optimizer(
     every layer would learn equally fast. Here they are folded into each group's ``lr``, as are the model's own.
 
     Args:
-        model: Gives parameters, ``no_weight_decay``, ``group_matcher`` and ``lr_scales``.
+        model: Gives parameters, ``no_weight_decay`` and ``group_matcher``; its layers ``lr_scales``.
         name: One of ``timm.optim.list_optimizers()``.
         lr: Learning rate of the last layer.
         weight_decay: Weight decay of matrices and kernels.
         layer_decay: Factor from each layer's learning rate to that of the layer before it; None for equal rates.
         **arguments: Passed to the optimizer.
     """
-    if hasattr(model, "lr_scales") and model.lr_scales():
+    if _lr_scales(model):
         arguments["param_group_fn"] = partial(param_groups, weight_decay=weight_decay, layer_decay=layer_decay)
     optimizer = create_optimizer_v2(
         model, opt=name, lr=lr, weight_decay=weight_decay, layer_decay=layer_decay, **arguments
