@@ -21,8 +21,8 @@ def param_groups(
     ``lr_scale``, which timm's schedulers read; other schedulers do not.
 
     Args:
-        model: Gives parameters, ``no_weight_decay`` and ``group_matcher``; any layer in it may have ``lr_scales``, which
-            returns wildcards of its parameters' names, each with a factor of the common rate.
+        model: Gives parameters, ``no_weight_decay`` and ``group_matcher``; any layer of it may have ``lr_scales()``:
+            wildcards of its parameters' names, each with a factor of the common rate.
         weight_decay: Weight decay of matrices and kernels.
         layer_decay: Factor from each layer's learning rate to that of the layer before it; None for equal rates.
     """
