@@ -107,6 +107,7 @@ class PRepBN(nn.Module):
         self.nchw = nchw
         self.steps = total_step
         self.warmup = warmup
+        self.warming = warmup > 0
         self.norm1 = LayerNorm2d(dim, eps=eps, **dd) if nchw else nn.LayerNorm(dim, eps=eps, **dd)
         self.norm2 = RepBN(dim, nchw=nchw, **dd)
         # The authors' names and types, so that runs can be resumed from their checkpoints.
@@ -117,6 +118,7 @@ class PRepBN(nn.Module):
 
     def reset_parameters(self) -> None:
         """Start the schedule."""
+        self.warming = self.warmup > 0
         self.warm.fill_(self.warmup)
         self.iter.fill_(self.steps)
         self.total_step.fill_(self.steps)
@@ -125,11 +127,15 @@ class PRepBN(nn.Module):
     def init_non_persistent_buffers(self) -> None:
         self.share.fill_(1.0)
 
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.warming = not self.warm.is_meta and bool(self.warm > 0)
+
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return self.norm2(x)
         first = not self._recomputing()
-        if self.warmup > 0 and first and bool(self.warm > 0):  # a branch on a tensor only where a warm-up was asked for
+        if self.warming and first and bool(self.warm > 0):  # a branch on a tensor only where there is a warm-up
             self.warm -= 1
             return self.norm1(x)
         if first:

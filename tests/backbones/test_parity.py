@@ -20,6 +20,7 @@ class Case:
     maps: dict[str, str] = field(default_factory=dict)
     kwargs: dict = field(default_factory=dict)
     nhwc: bool = False  # how the authors' maps were recorded
+    slow: bool = False  # run by `pytest -m slow`; a quicker one tests the same modules
     map_tolerance: float = 2e-6  # maps carry 256 samples each, so their error scatters more than the whole output's
 
 
@@ -67,22 +68,24 @@ CASES = [
     Case("litv2/litv2_small", "litv2_small", 5e-6, LITV2_MAPS, map_tolerance=1e-5),
     Case("litv2/litv2_medium", "litv2_medium", 5e-6, LITV2_MAPS, map_tolerance=1e-5),
     # 2e-6 is five times rounding; a missing bias table moves the logits by 6e-5 at least.
-    Case("agent/agent_swin_t", "agent_swin_t", 2e-6, HOST_MAPS),
-    Case("agent/agent_pvt_t", "agent_pvt_t", 2e-6, HOST_MAPS),
+    Case("agent/agent_swin_t", "agent_swin_t", 2e-6, HOST_MAPS, slow=True),
+    Case("agent/agent_pvt_t", "agent_pvt_t", 2e-6, HOST_MAPS, slow=True),
     Case("agent/agent_cswin_t", "agent_cswin_t", 2e-6, HOST_MAPS),
-    Case("agent/agent_deit_t", "agent_deit_t", 2e-6, DEIT_MAPS),
-    Case("inline/inline_swin_t", "inline_swin_t", 2e-6, HOST_MAPS),
-    Case("inline/inline_pvt_t", "inline_pvt_t", 2e-6, HOST_MAPS),
+    Case("agent/agent_deit_t", "agent_deit_t", 2e-6, DEIT_MAPS, slow=True),
+    Case("inline/inline_swin_t", "inline_swin_t", 2e-6, HOST_MAPS, slow=True),
+    Case("inline/inline_pvt_t", "inline_pvt_t", 2e-6, HOST_MAPS, slow=True),
     Case("inline/inline_deit_t", "inline_deit_t", 2e-6, DEIT_MAPS),
-    Case("flatten/flatten_swin_t", "flatten_swin_t", 2e-6, HOST_MAPS),
+    Case("flatten/flatten_swin_t", "flatten_swin_t", 2e-6, HOST_MAPS, slow=True),
     Case("flatten/flatten_pvt_t", "flatten_pvt_t", 2e-6, HOST_MAPS),
     Case("slab/slab_swin_t", "slab_swin_t", 2e-6, HOST_MAPS),
-    Case("slab/slab_pvt_t", "slab_pvt_t", 2e-6, HOST_MAPS),
-    Case("slab/slab_deit_t", "slab_deit_t", 2e-6, DEIT_MAPS),
+    Case("slab/slab_pvt_t", "slab_pvt_t", 2e-6, HOST_MAPS, slow=True),
+    Case("slab/slab_deit_t", "slab_deit_t", 2e-6, DEIT_MAPS, slow=True),
 ]
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.fixture)
+@pytest.fixture(
+    scope="module", params=[pytest.param(c, id=c.fixture, marks=[pytest.mark.slow] * c.slow) for c in CASES]
+)
 def run(request, tmp_path_factory):
     """The fixture's weights through the path a download takes, the model's output and recorded maps."""
     case = request.param

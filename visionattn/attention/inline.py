@@ -41,7 +41,7 @@ class InLineAttention(Mixer):
         self.get_v = DepthwiseConv(dim, SIDE, **dd) if lepe else None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, H: int, W: int, context: Tensor) -> Tensor:
-        filters = self.residual(context.mean(1)[:, :, None]).reshape(q.shape[0], -1, 1, 3, 3)  # B C 1 3 3
+        filters = self.residual(context.mean(1)[:, :, None]).reshape(q.shape[0], q.shape[2], 1, 3, 3)  # B C 1 3 3
         bias: Tensor | None = None
         if self.get_v is not None:
             filters, bias = filters + self.get_v.weight, self.get_v.bias
