@@ -9,7 +9,7 @@ from timm.models import reparameterize_model
 from torch import nn
 
 import visionattn  # noqa: F401
-from visionattn.norms import Affine, PRepBN, RepBN, create_norm
+from visionattn.norms import Affine, PRepBN, RepBN, create_norm, estimate_statistics
 
 # Values of y[0, 0] and of the running mean after each pass of the authors' module over arange(12) * (t + 1), [1, 4, 3].
 TRACE = [
@@ -87,16 +87,16 @@ def test_warmup_of_a_checkpoint_goes_on():
     assert norm.norm2.bn.num_batches_tracked == 1
 
 
-def test_statistics_can_be_estimated_anew_after_training():
-    norm = PRepBN(3, total_step=1).eval()
-    norm.norm2.bn.reset_running_stats()
+def test_statistics_are_estimated_anew_without_training():
+    norm = PRepBN(3, total_step=1)
+    frozen = nn.Dropout(0.5).eval()
+    model = nn.Sequential(norm, frozen)
     norm.norm2.bn.momentum = None  # the plain average
-    norm.norm2.bn.train()
-    for t in range(3):
-        norm(ramp(t))
+    estimate_statistics(model, [ramp(t) for t in range(3)])
     expected = torch.stack([ramp(t)[0].mean(0) for t in range(3)]).mean(0)
     torch.testing.assert_close(norm.norm2.bn.running_mean, expected)
-    assert norm.iter == 1  # evaluation is no step of the schedule
+    assert norm.iter == 1  # no step of the schedule
+    assert norm.training and norm.norm2.bn.training and not frozen.training
 
 
 def test_unsuitable_arguments_raise():

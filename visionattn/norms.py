@@ -4,11 +4,13 @@ RepBN(x) = BN(x) + alpha * x
 PRepBN(x) = lambda * LN(x) + (1 - lambda) * RepBN(x), lambda falling from 1 to 0 while training
 """
 
+from collections.abc import Iterable
+
 import torch
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-__all__ = ["Affine", "PRepBN", "RepBN", "create_norm", "fold_after", "fold_before", "folded"]
+__all__ = ["Affine", "PRepBN", "RepBN", "create_norm", "estimate_statistics", "fold_after", "fold_before", "folded"]
 
 NORMS = ("layernorm", "repbn", "prepbn")
 
@@ -183,6 +185,28 @@ def create_norm(kind: str, dim: int, eps: float, nchw: bool = False, device=None
     if kind == "repbn":
         return RepBN(dim, nchw=nchw, **dd, **kwargs)
     raise ValueError(f"norm_layer must be one of {', '.join(NORMS)}, got {kind!r}")
+
+
+@torch.no_grad()
+def estimate_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Run images through a trained model for the running statistics of its batch norms alone.
+
+    Everything else is in evaluation, so nothing is dropped and no schedule goes on. The statistics move by each norm's
+    momentum, as in the 10 passes over the training set that end the authors' training.
+
+    Args:
+        model: Its modes are as before afterwards.
+        batches: Images. [B, C, H, W] each
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    for module in modes:
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.train()
+    for images in batches:
+        model(images)
+    for module, training in modes.items():
+        module.training = training
 
 
 def folded(norm: nn.Module) -> tuple[Tensor, Tensor] | None:
