@@ -193,6 +193,25 @@ def test_scores_are_exact_and_do_not_depend_on_order_or_padding():
     assert values[0] == values[1] and 0 < values[0]["AP"] < 100
 
 
+def test_scores_of_several_processes_are_those_of_one(monkeypatch):
+    made, ranks = scenes(5), [[3, 0], [4, 2, 1]]  # of different lengths, in any order
+    metrics = [MeanAP(masks=True) for _ in ranks]
+    for metric, indices in zip(metrics, ranks, strict=True):
+        for i in indices:
+            metric.update([found_of(made[i], shift=2.0 * i)], [target_of(made[i])], [i])
+    alone = MeanAP(masks=True)
+    alone.update([found_of(s, 2.0 * i) for i, s in enumerate(made)], [target_of(s) for s in made], list(range(5)))
+    sent = [(metric.indices, {k: v for k, v in metric.metric.metric_state.items() if v}) for metric in metrics]
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(
+        torch.distributed, "all_gather_object", lambda parts, mine: parts.__setitem__(slice(None), sent)
+    )
+    scores = [metric.compute() for metric in metrics]
+    monkeypatch.undo()
+    assert scores[0] == scores[1] == alone.compute() and 0 < scores[0]["AP"] < 100
+
+
 @pytest.mark.parametrize("masks", [False, True])
 def test_scores_of_images_without_objects_are_defined(masks):
     empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
@@ -294,6 +313,7 @@ def test_mistakes_are_named(tmp_path, tiny, flags, message):
         run(["fit", "--model=Detection", *SCENES[:1], *tiny, *SMALL, *flags, f"--out={tmp_path}"])
 
 
+@pytest.mark.slow
 def test_two_processes_report_the_scores_of_one(tmp_path, tiny):
     """Seven scenes in batches of two: what only fills the last batch up must not count."""
     flags = [*SCENES, "--data.val_scenes=7", "--data.eval_batch_size=2", "--data.train_scenes=8", "--data.batch_size=2"]

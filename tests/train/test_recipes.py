@@ -39,7 +39,7 @@ def test_recipes_are_accepted(recipe, family, capsys):
     assert model["init_args"]["lr_batch"] == 16
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", RECIPES[:3])  # the last differs from the third by its numbers only
 def test_recipes_run_a_step(recipe, tmp_path):
     small = "{embed_dims: [8, 16, 16, 24], depths: [1, 1, 1, 1], mlp_ratios: [2, 2, 2, 2], drop_path_rate: 0.1}"
     narrow = {"upernet": "{width: 16}", "fpn": "{width: 16, pyramid: 16}"}

@@ -37,8 +37,8 @@ def demo(out: str = "runs/demo-dense", max_epochs: int | None = None) -> dict[st
     """
     scenes = Path(out, "scenes")
     scenes.mkdir(parents=True, exist_ok=True)
-    for n in range(6):  # larger than those of the training: objects keep their size in pixels
-        scene = make_scene(np.random.default_rng([7, n]), "val", 192, (2, 6), (0.18, 0.3))
+    for n in range(6):  # three times as large as those of the training; they are scaled to that size and back
+        scene = make_scene(np.random.default_rng([7, n]), "val", 288, (2, 3), (0.35, 0.55))
         Image.fromarray(scene.image).save(scenes / f"{n}.png")
     scores, following = {}, []
     for task, (text, metric, explained) in TASKS.items():

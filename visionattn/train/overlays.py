@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from matplotlib import font_manager
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
@@ -25,7 +26,7 @@ def overlay_classes(image: Tensor, classes: Tensor, palette: Palette, strength: 
     """
     image, painted = image.cpu(), paint(classes, palette)
     mixed = torch.lerp(image.float(), painted.float(), strength).round().to(torch.uint8)
-    return torch.where(painted.any(0), mixed, image)
+    return torch.where((painted > 0).any(0), mixed, image)
 
 
 def overlay_objects(
@@ -47,8 +48,19 @@ def overlay_objects(
         text = [f"{name} {100 * score:.0f}%" for name, score in zip(text, scores.tolist(), strict=True)]
     if masks is not None:
         image = draw_segmentation_masks(image, masks.bool().cpu(), alpha=0.6, colors=colors)
-    width = max(1, round(max(image.shape[-2:]) / 400))
-    return draw_bounding_boxes(image, boxes.cpu(), text, colors=colors, width=width)
+    longest = max(image.shape[-2:])
+    return draw_bounding_boxes(
+        image,
+        boxes.cpu(),
+        text,
+        colors=colors,
+        width=max(1, round(longest / 150)),
+        font=font_manager.findfont("DejaVu Sans"),  # comes with Matplotlib
+        font_size=max(9, longest // 20),
+        label_colors="black",
+        label_background_colors=colors,
+        fill_labels=True,
+    )
 
 
 def side_by_side(images: Sequence[Tensor], height: int = 256, gap: int = 4) -> Tensor:

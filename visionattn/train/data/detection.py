@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from visionattn.train.data.dense import DenseBatch, DenseData, collate
-from visionattn.train.data.layouts import voc_palette
+from visionattn.train.data.layouts import bright_palette
 from visionattn.train.data.objects import VOC_CLASSES, Annotated, Annotations, read_coco, read_voc
 from visionattn.train.data.sampling import UNREADABLE
 from visionattn.train.data.scenes import DIGITS, Scenes
@@ -35,8 +35,8 @@ class DetectionData(DenseData):
 
     @property
     def palette(self) -> list[tuple[int, int, int]]:
-        """A colour per class; black is left out."""
-        return voc_palette(self.num_classes + 1)[1:]
+        """A colour per class."""
+        return bright_palette(self.num_classes)
 
     def card(self) -> dict[str, Any]:
         palette = [list(color) for color in self.palette]

@@ -1,5 +1,6 @@
 """Where segmentation data sets keep their images and class maps, and what the values in the maps mean."""
 
+import colorsys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -137,6 +138,12 @@ def find_pairs(root: Path, layout: Layout, split: str) -> list[tuple[Path, Path]
     if missing := [mask for _, mask in pairs if not mask.is_file()]:
         raise UserError(f"{len(missing)} of {len(pairs)} images have no class map: {some(missing)}")
     return pairs
+
+
+def bright_palette(count: int) -> list[tuple[int, int, int]]:
+    """Bright colours for lines: hues a golden section apart, so that neighbours differ most."""
+    hues = [colorsys.hsv_to_rgb(n * 0.61803 % 1, 0.7, 1.0) for n in range(count)]
+    return [tuple(round(255 * part) for part in color) for color in hues]
 
 
 def voc_palette(count: int) -> list[tuple[int, int, int]]:
