@@ -4,6 +4,7 @@ Structure is checked for every registered name on the meta device; behaviour on 
 """
 
 import copy
+import functools
 import math
 import pickle
 import subprocess
@@ -70,6 +71,12 @@ def small(name: str, **kwargs):
     return timm.create_model(name, **{"num_classes": 5, **SMALL[name], **kwargs})
 
 
+@functools.cache
+def outline(name: str):
+    """The model on the meta device, for looking only."""
+    return timm.create_model(name, device="meta").eval()
+
+
 def images(*size: int, batch: int = 2, chans: int = 3) -> torch.Tensor:
     return torch.randn(batch, chans, *(size or (SIZE, SIZE)))
 
@@ -109,17 +116,16 @@ def test_registering_overwrites_no_model_of_timm():
 
 @every_model
 def test_builds_on_the_meta_device_by_argument_and_by_context(name):
-    by_argument = timm.create_model(name, device="meta", dtype=torch.bfloat16)
     with torch.device("meta"):
-        by_context = timm.create_model(name)
-    for model in (by_argument, by_context):
+        by_context = timm.create_model(name, dtype=torch.bfloat16)
+    for model in (outline(name), by_context):
         assert all(t.is_meta for t in [*model.parameters(), *model.buffers()])
-    assert all(p.dtype == torch.bfloat16 for p in by_argument.parameters())
+    assert all(p.dtype == torch.bfloat16 for p in by_context.parameters())
 
 
 @every_model
 def test_cfg_describes_the_model(name):
-    model = timm.create_model(name, device="meta").eval()
+    model = outline(name)
     cfg = model.pretrained_cfg
     state = model.state_dict()
     assert cfg["first_conv"] + ".weight" in state and cfg["classifier"] + ".weight" in state
@@ -137,7 +143,7 @@ def test_unknown_argument_raises(name):
 
 @every_model
 def test_feature_info_names_real_modules(name):
-    model = timm.create_model(name, device="meta")
+    model = outline(name)
     for info in model.feature_info:
         assert model.get_submodule(info["module"]) is not None
     strides = reductions(model)
@@ -146,7 +152,7 @@ def test_feature_info_names_real_modules(name):
 
 @every_model
 def test_depth_groups_and_decay_exemptions_match_parameters(name):
-    model = timm.create_model(name, device="meta")
+    model = outline(name)
     groups = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
     assert groups.keys() == dict(model.named_parameters()).keys()
     assert groups[model.pretrained_cfg["first_conv"] + ".weight"] == 0
