@@ -7,7 +7,7 @@ from torch import nn
 
 import visionattn  # noqa: F401  (registers our models)
 from tests.parity import fixture_image, fixture_weights, load_fixture, relative_error
-from visionattn.features import FeatureBackbone, FPNBackbone, prefixed
+from visionattn.features import FeatureBackbone, FPNBackbone, prefixed, release_filter
 
 TINY = {
     "van_b0": dict(embed_dims=(8, 16, 16, 24), depths=(1, 1, 1, 1), mlp_ratios=(2, 2, 2, 2)),
@@ -135,6 +135,23 @@ def test_the_pyramid_has_what_torchvision_s_detectors_read(extra, levels):
     maps = pyramid(torch.randn(1, 3, 70, 90))
     assert pyramid.out_channels == 16 and len(maps) == levels and pyramid.levels == ["0", "1", "2", "3"]
     assert all(y.shape[1] == 16 for y in maps.values())
+
+
+def test_a_detector_on_a_shared_body_loads_with_its_norms():
+    """The conversion lies beside the registered function, not beside the class, which several families share."""
+    arguments = dict(embed_dim=32, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 4), output_norm=True)
+    source, target = (FeatureBackbone("agent_swin_t", **arguments) for _ in range(2))
+    fixture = load_fixture("agent/agent_swin_t")
+    assert release_filter("agent_swin_t", source.model)(fixture_weights(fixture), source.model).keys() > {
+        "stem.proj.weight"
+    }
+    state = source.model.state_dict() | {
+        f"norm{i}.{key}": torch.rand_like(value)
+        for i, norm in source.norms.items()
+        for key, value in norm.state_dict().items()
+    }
+    target.load(state)
+    assert torch.equal(target.norms["2"].weight, state["norm2.weight"])
 
 
 def test_a_published_dense_backbone_computes_what_its_authors_compute():

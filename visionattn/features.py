@@ -8,7 +8,7 @@ form in which torchvision's detectors take a backbone.
 import re
 import sys
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import timm
@@ -120,7 +120,7 @@ class FeatureBackbone(nn.Module):
         Raises:
             ValueError: Naming what is missing, unexpected or of another shape; nothing is loaded then.
         """
-        convert = getattr(sys.modules[type(self.model).__module__], "checkpoint_filter_fn", None)
+        convert = release_filter(self.name, self.model)
         released = unwrap(state_dict)
         state = convert(state_dict, self.model) if convert else released
         used = {id(value) for value in state.values()}
@@ -162,6 +162,17 @@ class FeatureBackbone(nn.Module):
             return []
         children = [name for name, _ in self.model.named_children()]
         return children[: children.index(stages[0].split(".")[0])] + stages[:frozen_stages]
+
+
+def release_filter(name: str, model: nn.Module) -> Callable[[dict, nn.Module], dict] | None:
+    """The ``checkpoint_filter_fn`` of a model's family; None if it has none.
+
+    Args:
+        name: Registered name; the function lies beside the one that is registered.
+        model: Where the name is none of timm's registry, the function lies beside this one's class.
+    """
+    owner = timm.models.model_entrypoint(name) if timm.is_model(name) else type(model)
+    return getattr(sys.modules[owner.__module__], "checkpoint_filter_fn", None)
 
 
 def prefixed(matcher: dict, prefix: str) -> dict:

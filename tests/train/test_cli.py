@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted(
     path
     for path in Path(str(importlib.resources.files("visionattn.configs"))).rglob("*.yaml")
-    if not {"data", "dense"} & set(path.parts)
+    if path.parent.name not in ("data", "dense")
 )
 
 

@@ -1,7 +1,6 @@
 """Reading checkpoints safely, saying exactly what does not fit, and describing a model so that a file is enough."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from visionattn import hub
+from visionattn.features import release_filter
 from visionattn.hub.load import CARD, read_metadata
 from visionattn.train.errors import UserError, check_model_name, some
 
@@ -58,7 +58,7 @@ def load_weights(net: nn.Module, path: str, reset_head: bool = False) -> None:
         UserError: Naming what is missing, unexpected or of another shape.
     """
     state = read_weights(path)
-    convert = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
+    convert = release_filter(getattr(net, "pretrained_cfg", {}).get("architecture", ""), net)
     if convert is not None:
         state = convert(state, net)
     own = net.state_dict()
