@@ -7,17 +7,16 @@ generation of the attention.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ClassifierHead, calculate_drop_path_rates, trunc_normal_
+from timm.layers import ClassifierHead, calculate_drop_path_rates, register_notrace_module, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from visionattn.attention import BiLevelRoutingAttention, LePEAttention
 from visionattn.backbone import Pyramid, Stage, build_backbone
-from visionattn.blocks import DepthwiseConv, Mlp, ScaledResidual, to_channels_last
+from visionattn.blocks import DepthwiseConv, PreNormBlock, ScaledResidual, to_channels_last
 from visionattn.checkpoints import rename_checkpoint
 from visionattn.weights import pretrained_cfgs
 
@@ -28,38 +27,23 @@ LAYOUTS = ("biformer", "swin")
 FULL_ATTENTION = {"legacy": {-2: "input", -1: "none"}, "nchw": {-1: "value"}}
 
 
-class Block(nn.Module):
-    """A depthwise convolution for positions, if any, then attention and MLP behind layer norms. [B, H, W, dim]"""
+class Block(PreNormBlock):
+    """Attention and MLP behind layer norms, after a depthwise convolution for positions if there is one."""
 
-    def __init__(
-        self,
-        dim: int,
-        attention: nn.Module,
-        mlp_ratio: float,
-        position: bool,
-        layer_scale: float | None,
-        drop_path: float,
-        device=None,
-        dtype=None,
-    ) -> None:
+    def __init__(self, dim: int, attention: nn.Module, position: bool, device=None, dtype=None, **block) -> None:
         dd = {"device": device, "dtype": dtype}
-        super().__init__()
+        super().__init__(dim, attention, **block, **dd)
         self.position = position
         self.pos_embed = DepthwiseConv(dim, 3, **dd) if position else nn.Identity()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6, **dd)
-        self.attn = attention
-        self.residual1 = ScaledResidual(dim, layer_scale, drop_path, **dd)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd)
-        self.residual2 = ScaledResidual(dim, layer_scale, drop_path, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.position:
             x = x + self.pos_embed(x)
-        x = self.residual1(x, self.attn(self.norm1(x)))
+        x = self.residual1(x, self.attn(self.norm1(x)))  # TorchScript has no super().forward
         return self.residual2(x, self.mlp(self.norm2(x)))
 
 
+@register_notrace_module  # how much is padded depends on the size of the map
 class PatchConv(nn.Conv2d):
     """Convolution of patches side by side; a map smaller than one patch is completed with zeros."""
 
@@ -213,7 +197,8 @@ class BiFormer(Pyramid):
         for i, dim in enumerate(embed_dims):
             downsample = nn.Identity() if i == 0 else _downsample(embed_dims[i - 1], dim, layout, **dd)
             position = layout == "biformer"
-            blocks = [Block(dim, attention(i), mlp_ratio, position, layer_scale, rate, **dd) for rate in rates[i]]
+            block = dict(mlp_ratio=mlp_ratio, layer_scale=layer_scale, eps=1e-6, **dd)
+            blocks = [Block(dim, attention(i), position, drop_path=rate, **block) for rate in rates[i]]
             stages.append(Stage(downsample, blocks, nhwc=True))
         super().__init__(
             stem=Stem(in_chans, embed_dims[0], layout, **dd),
@@ -280,9 +265,6 @@ default_cfgs = generate_default_cfgs(pretrained_cfgs("biformer", first_conv="ste
 
 
 def _create_biformer(variant: str, pretrained: bool = False, **kwargs) -> BiFormer:
-    # The published files are all called "content": every model needs a folder of its own in the cache.
-    folder = kwargs.pop("cache_dir", None) or Path(torch.hub.get_dir(), "checkpoints")
-    kwargs["cache_dir"] = Path(folder, variant)
     return build_backbone(BiFormer, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
