@@ -406,6 +406,19 @@ def test_plain_nat_reproduces_the_authors_recorded_output(name):
     assert relative_error(output, torch.tensor(fixture["output"]["values"])) < 2e-6
 
 
+@pytest.mark.parametrize(
+    "name", ["agent", *(pytest.param(name, marks=pytest.mark.slow) for name in ("inline", "flatten", "slab"))]
+)
+def test_plain_swin_reproduces_the_authors_recorded_output(name):
+    fixture = load_fixture(f"{name}/{name}_swin_t")
+    plain = models.PLAIN[f"{name}_swin_t"](f"{name}_swin_t").eval()
+    missing, unexpected = plain.load_state_dict(fixture_weights(fixture), strict=False)
+    assert not unexpected and all(key.endswith(("index", "mask", "batches_tracked")) for key in missing)
+    with torch.inference_mode():
+        output = plain(fixture_image(fixture))
+    assert relative_error(output, torch.tensor(fixture["output"]["values"])) < 2e-6
+
+
 def test_plain_nat_equals_ours_with_the_same_weights():
     plain = randomize_(PlainNAT(32, (1, 2, 1, 1), 2.0, True, ((1, 1), (1, 2), (2, 1), (1, 1)), num_classes=7))
     dilations = ((1,), (1, 2), (2,), (1,))

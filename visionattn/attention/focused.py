@@ -5,16 +5,15 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from visionattn.attention.mixer import Mixer
+from visionattn.attention.mixer import LinearMixer
 from visionattn.blocks import DepthwiseConv, Unused, resize_table
 
 __all__ = ["FocusedLinearAttention", "SimplifiedLinearAttention"]
 
-EPS = 1e-6
 KERNEL = 5  # side of the depthwise convolution
 
 
-class _PositionedLinearAttention(Mixer):
+class _PositionedLinearAttention(LinearMixer):
     """What the two share: positions added to the keys, and a depthwise convolution of the values that all heads share.
 
     Args: those of ``Mixer``.
@@ -35,7 +34,6 @@ class _PositionedLinearAttention(Mixer):
         dd = {"device": device, "dtype": dtype}
         known = dict(input_size=input_size, num_prefix_tokens=num_prefix_tokens, lepe=lepe)
         super().__init__(dim, num_heads, **known, **host, **dd)
-        self.eps = EPS
         self.dwc = DepthwiseConv(self.head_dim, KERNEL, **dd)
         self.get_v = DepthwiseConv(dim, 3, **dd) if lepe else None
         self.positional_encoding = nn.Parameter(torch.empty(1, *input_size, dim, **dd))
@@ -55,18 +53,15 @@ class _PositionedLinearAttention(Mixer):
         table = table.permute(0, 2, 3, 1).flatten(1, 2)
         return table if self.prefix_encoding is None else torch.cat([self.prefix_encoding, table], 1)
 
-    def add_local(self, y: Tensor, v: Tensor, H: int, W: int) -> Tensor:
-        """Add the convolutions of the values at the tokens of the map. [B, N, C]"""
+    def local(self, v: Tensor, H: int, W: int) -> Tensor:
+        """The convolutions of the values. [B, N, C] -> [B, H, W, C]"""
         # Repeated for every head, filters of one convolution of the whole map; the one of the host joins in.
         weight, bias = self.dwc.weight.repeat(self.num_heads, 1, 1, 1), self.dwc.bias
         bias = bias if bias is None else bias.repeat(self.num_heads)
         if self.get_v is not None:
             weight = weight + F.pad(self.get_v.weight, [1, 1, 1, 1])  # 3x3 to 5x5
             bias = self.get_v.bias if bias is None else bias + self.get_v.bias
-        local = self.dwc.convolve(self.map(v, H, W), weight, bias).flatten(1, 2)
-        if self.num_prefix_tokens == 0:
-            return y + local
-        return torch.cat([y[:, : self.num_prefix_tokens], y[:, self.num_prefix_tokens :] + local], 1)
+        return self.dwc.convolve(self.map(v, H, W), weight, bias)
 
 
 @register_notrace_module  # whether positions are resized depends on the size of the map
@@ -89,18 +84,7 @@ class FocusedLinearAttention(_PositionedLinearAttention):
             nn.init.zeros_(self.temperature)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, H: int, W: int, context: Tensor) -> Tensor:
-        sharpness = 1 / F.softplus(self.temperature)
-        k = k + self.positions(H, W)
-        q, k, values = (
-            self.heads(focus(q, sharpness, self.eps)),
-            self.heads(focus(k, sharpness, self.eps)),
-            self.heads(v),
-        )
-        N = k.shape[2]
-        z = 1 / ((q * k.mean(2, keepdim=True)).sum(-1, keepdim=True) + self.eps)
-        state = (k * N**-0.5).transpose(-1, -2) @ (values * N**-0.5).to(k.dtype)
-        y = ((q @ state) * z).to(v.dtype)
-        return self.add_local(y.transpose(1, 2).flatten(2), v, H, W)
+        return self.mix(q, k + self.positions(H, W), v, self.local(v, H, W), "focused", "mean", self.temperature)
 
 
 @register_notrace_module  # whether positions are resized depends on the size of the map
@@ -120,16 +104,5 @@ class SimplifiedLinearAttention(_PositionedLinearAttention):
         self.unused = Unused(dict(scale=(1, 1, dim)), **dd) if unused_scale else nn.Identity()
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, H: int, W: int, context: Tensor) -> Tensor:
-        k = F.relu(k + self.positions(H, W))
-        q, k, values = self.heads(F.relu(q)), self.heads(k), self.heads(v)
-        z = 1 / ((q * k.sum(2, keepdim=True)).sum(-1, keepdim=True) + self.eps)
-        y = (q @ (k.transpose(-1, -2) @ values.to(k.dtype))) * z
-        return self.add_local(self.unused(y).to(v.dtype).transpose(1, 2).flatten(2), v, H, W)
-
-
-def focus(x: Tensor, sharpness: Tensor, eps: float) -> Tensor:
-    """Cube of the positive part with the norm of the token kept. [B, N, C]"""
-    x = (F.relu(x) + eps) * sharpness
-    cube = x * x * x
-    norm = torch.linalg.vector_norm(x, dim=[-1], keepdim=True)
-    return cube * (norm / torch.linalg.vector_norm(cube, dim=[-1], keepdim=True))
+        y = self.mix(q, k + self.positions(H, W), v, self.local(v, H, W), "relu", "sum")
+        return self.unused(y)

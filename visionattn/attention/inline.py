@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from visionattn.attention.mixer import Mixer
+from visionattn.attention.mixer import LinearMixer
 from visionattn.blocks import DepthwiseConv
 from visionattn.kernels import exporting
 
@@ -15,7 +15,7 @@ SIDE = 3  # of the dynamic convolution
 
 
 @register_notrace_module  # which path runs depends on the tensor
-class InLineAttention(Mixer):
+class InLineAttention(LinearMixer):
     """``mean(v) + s q (k^T v / N - mean(k) mean(v)^T) + conv(v)``, with a filter made from mean(x) (arXiv 2412.06590).
 
     Args: those of ``Mixer``.
@@ -45,19 +45,8 @@ class InLineAttention(Mixer):
         bias: Tensor | None = None
         if self.get_v is not None:
             filters, bias = filters + self.get_v.weight, self.get_v.bias
-        local = self._convolve(self.map(v, H, W), filters.to(v.dtype), bias).flatten(1, 2)
-        y = self._linear(self.heads(q), self.heads(k), self.heads(v)).transpose(1, 2).flatten(2)
-        if self.num_prefix_tokens == 0:
-            return y + local
-        return torch.cat([y[:, : self.num_prefix_tokens], y[:, self.num_prefix_tokens :] + local], 1)
-
-    def _linear(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Each [B, h, N, D]. The means leave the large sums first, so that nothing large cancels."""
-        N = k.shape[2]
-        mean_k, mean_v = k.mean(2, keepdim=True), v.mean(2, keepdim=True)
-        factor = (self.scale / N) ** 0.5  # on both, or half precision would overflow
-        state = (k * factor).transpose(-1, -2) @ (v * factor) - self.scale * mean_k.transpose(-1, -2) * mean_v
-        return q @ state + mean_v
+        local = self._convolve(self.map(v, H, W), filters.to(v.dtype), bias)
+        return self.mix(q, k, v, local, "identity", "inline")
 
     def _convolve(self, x: Tensor, filters: Tensor, bias: Tensor | None) -> Tensor:
         """Depthwise convolution of every sample with its own filters. [B, H, W, C], [B, C, 1, 3, 3]"""

@@ -4,17 +4,22 @@ Letters: B batch, H rows, W columns, P prefix tokens, N = P + H * W tokens, C ch
 """
 
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 
 import torch
+import torch.nn.functional as F
+from timm.layers import is_exportable, is_scriptable
 from torch import Tensor, nn
 
 from visionattn.blocks import Linear
-from visionattn.kernels import exporting
+from visionattn.kernels import exporting, focused, linear_attention
+from visionattn.kernels.linear_forms import features, mix, precise
 from visionattn.norms import fold_before
 
-__all__ = ["Mixer", "MixerLike", "find_mixer", "unknown_size"]
+__all__ = ["LinearMixer", "Mixer", "MixerLike", "find_mixer", "unknown_size"]
 
+EPS = 1e-6  # of the divisors of linear attention
 MixerLike = str | Callable[..., nn.Module]
 
 
@@ -122,6 +127,67 @@ class Mixer(nn.Module):
     def fold_input(self, scale: Tensor, shift: Tensor) -> None:
         """Take over an affine map of the input, ``x * scale + shift`` per channel, into the first layer."""
         fold_before(self.qkv, scale, shift)
+
+
+class LinearMixer(Mixer):
+    """Base of mixers by linear attention and a convolution of the values. Arguments of ``Mixer``."""
+
+    def __init__(self, dim: int, num_heads: int, **host) -> None:
+        super().__init__(dim, num_heads, **host)
+        self.eps = EPS
+        self.plain = is_exportable() or is_scriptable()  # timm's switches: layers built under them use plain operators
+
+    def mix(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        local: Tensor,
+        feature_map: str,
+        normalizer: str,
+        sharpness: Tensor | None = None,
+    ) -> Tensor:
+        """Linear attention, whose sums are formed in float32, and the convolved values at the positions of the map.
+
+        Args:
+            q: Queries. [B, N, C]
+            k: Keys. [B, N, C]
+            v: Values. [B, N, C]
+            local: Added to the tokens behind the prefix. [B, H, W, C]
+            feature_map: As in ``visionattn.kernels.linear_attention``.
+            normalizer: As there.
+            sharpness: Takes ``visionattn.kernels.focused`` with this scale as feature map.
+        """
+        shape = [self.num_heads, self.head_dim]
+        q, k, values = q.unflatten(-1, shape), k.unflatten(-1, shape), v.unflatten(-1, shape)
+        residual = local.flatten(1, 2)
+        if self.num_prefix_tokens > 0:
+            residual = F.pad(residual, [0, 0, self.num_prefix_tokens, 0])
+        residual = residual.unflatten(-1, shape)
+        if torch.jit.is_scripting():
+            if sharpness is None:
+                query, key = features(precise(q), feature_map), features(precise(k), feature_map)
+            else:
+                query, key = focused(q, 3.0, sharpness), focused(k, 3.0, sharpness)
+            y = mix(query, key, precise(values), normalizer, self.scale, self.eps, None, None, False)
+            return (y.to(v.dtype) + residual).flatten(2)
+        else:
+            return self._fused(q, k, values, residual, feature_map, normalizer, sharpness).flatten(2)
+
+    @torch.jit.unused
+    def _fused(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        residual: Tensor,
+        feature_map: str,
+        normalizer: str,
+        sharpness: Tensor | None,
+    ) -> Tensor:
+        features_of = feature_map if sharpness is None else partial(focused, scale=sharpness)
+        options = dict(residual=residual, backend="torch" if self.plain else None)
+        return linear_attention(q, k, v, features_of, normalizer, self.scale, self.eps, **options)
 
 
 def find_mixer(mixer: MixerLike) -> Callable[..., nn.Module]:

@@ -13,7 +13,15 @@ import torch
 from timm.models import get_pretrained_cfg, model_entrypoint
 from torch import Tensor, nn
 
-from visionattn.benchmark import plain_biformer, plain_flowformer, plain_litv2, plain_nat, plain_ravlt, plain_van
+from visionattn.benchmark import (
+    plain_biformer,
+    plain_flowformer,
+    plain_litv2,
+    plain_nat,
+    plain_ravlt,
+    plain_swin,
+    plain_van,
+)
 from visionattn.benchmark.ops import parse_candidate
 from visionattn.benchmark.runner import Candidate, Case, Workload
 
@@ -21,8 +29,8 @@ __all__ = ["PLAIN", "DEFAULT_CANDIDATES", "model_case", "plain_and_ours"]
 
 DEFAULT_CANDIDATES = ("plain", "ours", "ours+compile")
 
-# Family (the module in visionattn.backbones) -> network in the authors' manner, by model name. Its state dict has the
-# authors' names, so the family's checkpoint_filter_fn carries the weights over to ours.
+# Family (the module in visionattn.backbones) or name of a model -> network in the authors' manner, by model name. Its
+# state dict has the authors' names, so the family's checkpoint_filter_fn carries the weights over to ours.
 PLAIN: dict[str, Callable[[str], nn.Module]] = {
     "biformer": plain_biformer.build,
     "dinat": plain_nat.build,
@@ -32,7 +40,7 @@ PLAIN: dict[str, Callable[[str], nn.Module]] = {
     "nat": plain_nat.build,
     "ravlt": plain_ravlt.build,
     "van": plain_van.build,
-}
+} | dict.fromkeys(plain_swin.VARIANTS, plain_swin.build)
 
 
 def randomize_(model: nn.Module) -> nn.Module:
@@ -86,13 +94,17 @@ def _family(name: str) -> str:
     return model_entrypoint(name).__module__.rpartition(".")[2]
 
 
+def _plain(name: str) -> Callable[[str], nn.Module] | None:
+    return PLAIN.get(name.split(".")[0], PLAIN.get(_family(name)))
+
+
 def plain_and_ours(name: str, img_size: int = 224) -> tuple[nn.Module, nn.Module]:
     """The plain network of a model and the library's own with the same random weights."""
-    family = _family(name)
-    if family not in PLAIN:
-        raise ValueError(f"no plain network is registered for {name!r}; families that have one: {', '.join(PLAIN)}")
+    build = _plain(name)
+    if build is None:
+        raise ValueError(f"no plain network is registered for {name!r}; there are some for {', '.join(PLAIN)}")
     torch.manual_seed(0)
-    plain = randomize_(PLAIN[family](name.split(".")[0]))
+    plain = randomize_(build(name.split(".")[0]))
     ours = _create(name, img_size)
     ours.load_state_dict(_filter_fn(name)(plain.state_dict(), ours))
     return plain, ours
@@ -102,7 +114,7 @@ def _network(name: str, who: str, img_size: int, features: bool) -> nn.Module:
     if features:
         torch.manual_seed(0)
         return _Maps(name if who == "ours" else who, img_size)
-    if who == "plain" or (who == "ours" and _family(name) in PLAIN):
+    if who == "plain" or (who == "ours" and _plain(name) is not None):
         plain, ours = plain_and_ours(name, img_size)
         return plain if who == "plain" else ours
     torch.manual_seed(0)
