@@ -54,3 +54,11 @@ def test_recipes_run_a_step(recipe, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_recipes_run_a_step_with_the_real_models(recipe, family, tmp_path):
     assert dev_run(recipe, family, tmp_path).trainer.global_step == 1
+
+
+def test_a_dev_run_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--data=SceneMasks", "--data.img_size=64", "--model=Segmentation", "--model.name=test_resnet"]
+    flags += ["--model.head=mlp", "--model.head_args={width: 16}", "--trainer.fast_dev_run=true"]
+    run(["fit", *flags])
+    assert not list(tmp_path.iterdir())

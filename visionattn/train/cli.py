@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import visionattn  # noqa: F401  (registers our models)
 import visionattn.train.data  # noqa: F401  (the short names of its classes work on the command line)
-from visionattn.train.callbacks import EpochLines, ExportWeights, best_checkpoint, check_disk
+from visionattn.train.callbacks import EpochLines, ExportWeights, Pictures, best_checkpoint, check_disk
 from visionattn.train.classify import Classification
 from visionattn.train.data.base import Data
 from visionattn.train.detect import Detection
@@ -32,8 +32,8 @@ from visionattn.train.weights import CARD, read_checkpoint
 DEFAULTS = importlib.resources.files("visionattn.configs") / "trainer" / "default.yaml"
 """What every run starts from; ``-c`` files and flags override it."""
 
-# What only training needs; Lightning would warn that their state is not restored.
-FIT_ONLY = (ModelCheckpoint, WeightAveraging, ThroughputMonitor, ExportWeights, LearningRateMonitor)
+# What only training needs: Lightning would warn that their state is not restored, or they write into the run's folder.
+FIT_ONLY = (ModelCheckpoint, WeightAveraging, ThroughputMonitor, ExportWeights, LearningRateMonitor, Pictures)
 # Settings that a checkpoint leaves open: they change how a run computes, not what.
 FREE_ON_RESUME = {"pretrained", "weights", "reset_head", "compile", "channels_last"}
 # What the weights were made for.
