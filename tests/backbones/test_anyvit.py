@@ -47,8 +47,16 @@ MIXERS = {
     "circular": ("CircularWindowAttention", dict(radius=2), 0.75),
     "hilo": ("HiLoAttention", dict(window_size=2), 0.8),
     "large_kernel": (LargeKernelMixer, {}, 0.9),
+    "agent": ("AgentAttention", dict(num_agents=4, input_size=(4, 4)), 0.88),
+    "window": ("WindowAttention", dict(window_size=2, input_size=(4, 4)), 0.8),
+    "shifted_window": ("WindowAttention", dict(window_size=2, shift=True, input_size=(4, 4)), 0.7),
+    "cross_shaped": ("CrossShapedAttention", dict(split_size=2, input_size=(4, 4)), 0.85),
+    "spatial_reduction": ("SpatialReductionAttention", dict(sr_ratio=2), 0.8),
+    "focused_positions": ("FocusedLinearAttention", dict(input_size=(4, 4)), 0.85),
+    "simplified": ("SimplifiedLinearAttention", dict(input_size=(4, 4)), 0.88),
+    "inline_local": ("InLineAttention", dict(input_size=(4, 4)), 0.88),
 }
-COVERED_OTHERWISE = {"LargeKernelAttention", "CrossFlowAttention", "HedgehogFeatures"}  # no mixers of a grid
+COVERED_OTHERWISE = {"LargeKernelAttention", "CrossFlowAttention", "HedgehogFeatures", "Mixer"}  # no mixers of a grid
 
 
 def build(name: str, **kwargs) -> nn.Module:

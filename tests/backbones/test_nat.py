@@ -8,7 +8,7 @@ from torch import nn
 
 import visionattn  # noqa: F401
 from visionattn.attention import NeighborhoodAttention
-from visionattn.backbones.dinat import DiNAT, DiNATs, PatchEmbed, PatchMerging
+from visionattn.backbones.dinat import DiNAT, DiNATs
 from visionattn.backbones.nat import NAT, Block, checkpoint_filter_fn
 
 PARAMETERS = {
@@ -141,7 +141,7 @@ def test_pretraining_checkpoints_have_the_classes_of_imagenet_22k():
 
 
 def test_patch_merging_has_swin_s_order_and_normalises_the_padding():
-    merge = PatchMerging(2, dtype=torch.float64)
+    merge = DiNATs.downsampler(2, dtype=torch.float64)
     x = torch.randn(1, 2, 3, 4, dtype=torch.float64)
     padded = F.pad(x, (0, 0, 0, 1))
     phases = [padded[:, :, row::2, column::2] for column in (0, 1) for row in (0, 1)]
@@ -151,11 +151,12 @@ def test_patch_merging_has_swin_s_order_and_normalises_the_padding():
 
 @pytest.mark.parametrize("size", [(7, 9), (8, 9), (7, 10), (8, 12)])
 def test_exported_patches_and_merging_are_those_of_eager_code(size, monkeypatch):
-    for module, channels in ((PatchMerging(4), 4), (PatchEmbed(3, 8), 3)):
+    for module, channels in ((DiNATs.downsampler(4), 4), (DiNATs.tokenizer(3, 8), 3)):
         x = torch.randn(2, channels, *size)
         expected = module(x)
         with monkeypatch.context() as patch:
-            patch.setattr("visionattn.backbones.dinat.is_exporting", lambda: True)
+            patch.setattr("visionattn.hosts.swin.is_exporting", lambda: True)
+            patch.setattr("visionattn.hosts.parts.is_exporting", lambda: True)
             torch.testing.assert_close(module(x), expected)
 
 
