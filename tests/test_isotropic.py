@@ -176,6 +176,8 @@ def test_checkpoint_of_another_image_size_loads():
     large.load_state_dict(resize_position_embedding(state, large.stem))
     x = torch.randn(1, 3, 96, 96)
     torch.testing.assert_close(large.eval()(x), small.eval()(x))
+    with pytest.raises(ValueError, match=r"stem.pos_embed.*square.*\(1, 15, 8\)"):
+        resize_position_embedding({"stem.pos_embed": torch.zeros(1, 15, 8)}, large.stem)
 
 
 def test_bad_arguments_are_refused():

@@ -3,11 +3,12 @@
 B batch, H W rows and columns of the grid of patches, N = H * W, P prefix tokens, C channels.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_function, resample_abs_pos_embed, to_2tuple, trunc_normal_
+from timm.layers import register_notrace_function, resample_abs_pos_embed_nhwc, to_2tuple, trunc_normal_
 from torch import Tensor, nn
 
 from visionattn.blocks import to_channels_last
@@ -25,15 +26,23 @@ def at_least(x: Tensor, side: int) -> Tensor:
 
 
 @register_notrace_function
-def position_embedding(table: Tensor, size: tuple[int, int], height: int, width: int, prefix: int) -> Tensor:
-    """The table [1, P + N, C] of a grid of ``size``, resampled (bicubic, antialiased) to ``height`` by ``width``."""
+def position_grid(table: Tensor, size: tuple[int, int], height: int, width: int) -> Tensor:
+    """The table [1, N, C] of a grid of ``size``, resampled (bicubic, antialiased) to [1, ``height``, ``width``, C]."""
+    grid = table.unflatten(1, [size[0], size[1]])
     fixed = True
     if not torch.jit.is_scripting():
         # While a graph is exported for any size the numbers are symbols, of which nothing must be asked.
         fixed = type(height) is int and type(width) is int
     if fixed and height == size[0] and width == size[1]:
-        return table
-    return resample_abs_pos_embed(table, [height, width], [size[0], size[1]], num_prefix_tokens=prefix)
+        return grid
+    return resample_abs_pos_embed_nhwc(grid, [height, width])
+
+
+@register_notrace_function
+def position_embedding(table: Tensor, size: tuple[int, int], height: int, width: int, prefix: int) -> Tensor:
+    """The table [1, P + N, C] of a grid of ``size`` behind P prefix tokens, resampled as by ``position_grid``."""
+    grid = position_grid(table[:, prefix:], size, height, width).flatten(1, 2)
+    return grid if prefix == 0 else torch.cat([table[:, :prefix], grid], 1)
 
 
 class _Patches(nn.Module):
@@ -131,8 +140,7 @@ class PatchEmbed(_Patches):
         x = self.patches(x)
         if self.pos_embed is not None:
             height, width = x.shape[1], x.shape[2]
-            table = position_embedding(self.pos_embed, self.grid_size, height, width, 0)
-            x = x + table.unflatten(1, [height, width])
+            x = x + position_grid(self.pos_embed, self.grid_size, height, width)
         return x.permute(0, 3, 1, 2) if self.nchw else x
 
 
@@ -185,10 +193,16 @@ def resize_position_embedding(
         state_dict: Parameters by our names; returned as it is where nothing has to change.
         stem: ``PatchEmbed`` or ``PrefixPatchEmbed`` of the model they are for.
         name: Of the table. Its patches are taken to form a square where their number differs.
+
+    Raises:
+        ValueError: If they form none.
     """
     table = state_dict.get(name)
     if table is None or stem.pos_embed is None or table.shape == stem.pos_embed.shape:
         return state_dict
     prefix = stem.num_prefix_tokens
-    resized = resample_abs_pos_embed(table, list(stem.grid_size), num_prefix_tokens=prefix)
-    return {**state_dict, name: resized}
+    patches = table.shape[1] - prefix
+    side = math.isqrt(max(patches, 0))
+    if side * side != patches or patches == 0:
+        raise ValueError(f"{name} must have {prefix} rows and a square number more, got shape {tuple(table.shape)}")
+    return {**state_dict, name: position_embedding(table, (side, side), *stem.grid_size, prefix)}
