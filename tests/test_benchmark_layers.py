@@ -34,6 +34,13 @@ def test_token_merging_equals_plain(capsys):
     assert status == 0 and "n/a" not in out
 
 
+def test_mixers_are_measured_beside_softmax(capsys):
+    status, out, _ = run(capsys, "layers mixers --sizes 4x5x64 --batch 1 --repeats 1 --mode infer")
+    assert status == 0
+    names = {line.split()[0] for line in out.splitlines() if line.strip()}
+    assert {"softmax", "elu1", "flow", "hedgehog", "rala", "mala"} <= names
+
+
 def test_hilo_costs_less_than_its_alternatives():
     device = torch.device("cpu")
     case = layers.layer_case("hilo", Size(14, 14, 384), 1, device, torch.float32)
@@ -64,9 +71,9 @@ def test_nothing_measured_is_no_picture(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("layers hilow", "unknown layer 'hilow'; allowed are hilo, token_merging"),
+        ("layers hilow", "unknown layer 'hilow'; allowed are hilo, mixers, token_merging"),
         ("layers hilo --candidates ors", "unknown candidate 'ors'; allowed are plain, ours, full"),
-        ("layers --plot a.png", "--plot draws one layer, not hilo, token_merging"),
+        ("layers --plot a.png", "--plot draws one layer, not hilo, mixers, token_merging"),
         ("layers hilo --plot no/such/folder/a.png", "does not exist"),
         ("layers hilo --sizes 7x7", "HEIGHTxWIDTHxCHANNELS"),
     ],

@@ -14,7 +14,15 @@ from timm.models.pvt_v2 import Attention as SpatialReductionAttention
 from timm.models.swin_transformer import WindowAttention, window_partition, window_reverse
 from torch import Tensor, nn
 
-from visionattn.attention import HiLoAttention
+from visionattn.attention import (
+    FlowAttention,
+    HedgehogAttention,
+    HiLoAttention,
+    LinearAttention,
+    MagnitudeAwareAttention,
+    RankAugmentedAttention,
+    SoftmaxAttention,
+)
 from visionattn.backbones.litv2 import checkpoint_filter_fn
 from visionattn.benchmark.models import randomize_
 from visionattn.benchmark.ops import Size, parse_candidate
@@ -73,6 +81,20 @@ def _hilo(size: Size) -> dict[str, Callable[[], nn.Module]]:
     }
 
 
+def _mixers(size: Size) -> dict[str, Callable[[], nn.Module]]:
+    plain = dict(rotary=False, lepe_kernel=0, gate=False)
+    mixers = {
+        "softmax": SoftmaxAttention,
+        "elu+1": partial(LinearAttention, feature_map="elu+1", **plain),
+        "flow": FlowAttention,
+        "hedgehog": HedgehogAttention,
+        "rala": RankAugmentedAttention,
+        "mala": MagnitudeAwareAttention,
+    }
+    dim, heads = size.channels, max(size.channels // 64, 1)
+    return {name.replace("+", ""): partial(mixer, dim, heads) for name, mixer in mixers.items()}
+
+
 def _token_merging(size: Size) -> dict[str, Callable[[], nn.Module]]:
     dim = size.channels
 
@@ -109,6 +131,12 @@ LAYERS = {
         _hilo,
         dict,
         tuple(Size(side, side, 384) for side in (14, 28, 56)),
+    ),
+    "mixers": LayerBenchmark(
+        "linear attention of several kinds beside softmax, with projections",
+        _mixers,
+        dict,
+        tuple(Size(side, side, 192) for side in (14, 28, 56, 112)),
     ),
     "token_merging": LayerBenchmark(
         "deformable token merging",
