@@ -73,7 +73,7 @@ def test_nothing_measured_is_no_picture(tmp_path):
     [
         ("layers hilow", "unknown layer 'hilow'; allowed are hilo, mixers, token_merging"),
         ("layers hilo --candidates ors", "unknown candidate 'ors'; allowed are plain, ours, full"),
-        ("layers --plot a.png", "--plot draws one layer, not hilo, mixers, token_merging"),
+        ("layers --plot a.png", "--plot draws one of those named, not hilo, mixers, token_merging"),
         ("layers hilo --plot no/such/folder/a.png", "does not exist"),
         ("layers hilo --sizes 7x7", "HEIGHTxWIDTHxCHANNELS"),
     ],

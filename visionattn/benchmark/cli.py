@@ -103,11 +103,12 @@ def _build_parser() -> _Parser:
     )
     layers.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(LAYERS)} (default: all)")
     layers.add_argument("--sizes", help="comma list of HxWxC")
-    layers.add_argument("--plot", type=Path, metavar="FILE", help="draw how the one layer named grows with the map")
+    layers.add_argument("--plot", type=Path, metavar="FILE", help="draw how the cost of one layer grows with the map")
     models = commands.add_parser("models", parents=[common], help="whole networks")
     models.add_argument("names", nargs="*", metavar="NAME", help="timm model names (default: van_b0 van_b2)")
     models.add_argument("--img-size", default="224", help="comma list (default 224)")
     models.add_argument("--features", action="store_true", help="the maps of features_only=True instead of logits")
+    models.add_argument("--plot", type=Path, metavar="FILE", help="draw how the cost of one model grows with the image")
     models.add_argument("--amp", action="store_true", help="float32 weights under autocast to --dtype")
     gpu = commands.add_parser("gpu", help="the fixed set for a GPU; writes JSON and Markdown")
     gpu.add_argument("--out", type=Path, default=Path("docs/benchmarks"), metavar="FOLDER")
@@ -146,8 +147,7 @@ def _layer_cases(args: argparse.Namespace, batch: int, candidates: list[str] | N
     names = _known("layer", args.names or LAYERS, LAYERS)
     allowed = dict.fromkeys(candidate for name in names for candidate in LAYERS[name].candidates())
     _known("candidate", [parse_candidate(c)[0] for c in candidates or []], allowed)
-    if args.plot and len(names) != 1:
-        raise ValueError(f"--plot draws one layer, not {', '.join(names)}")
+    _check_plot(args, names)
     return [
         layer_case(name, size, batch, device, dtype, candidates)
         for name in names
@@ -155,9 +155,15 @@ def _layer_cases(args: argparse.Namespace, batch: int, candidates: list[str] | N
     ]
 
 
+def _check_plot(args: argparse.Namespace, names: Sequence[str]) -> None:
+    if args.plot and len(names) != 1:
+        raise ValueError(f"--plot draws one of those named, not {', '.join(names)}")
+
+
 def _model_cases(args: argparse.Namespace, batch: int, candidates: list[str] | None) -> list[Case]:
     known = timm.list_models() + timm.list_models(pretrained=True)
     names = _known("model", args.names or ["van_b0", "van_b2"], known)
+    _check_plot(args, names)
     candidates = candidates or (["ours"] if args.features else list(DEFAULT_CANDIDATES))
     _known("candidate", [parse_candidate(c)[0] for c in candidates], ["plain", "ours", *known])
     sizes = [_positive(int)(size) for size in _comma_list(args.img_size)]
