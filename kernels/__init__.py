@@ -13,6 +13,7 @@ from visionattn.kernels.bilevel import bilevel_routing_attention
 from visionattn.kernels.depthwise import depthwise_conv2d
 from visionattn.kernels.flow_attention import flow_attention
 from visionattn.kernels.gated_pointwise import gated_pointwise
+from visionattn.kernels.linear import linear
 from visionattn.kernels.linear_attention import linear_attention
 from visionattn.kernels.linear_forms import focused, rotary_tables
 from visionattn.kernels.neighborhood import neighborhood_attention
@@ -29,6 +30,7 @@ __all__ = [
     "focused",
     "gated_pointwise",
     "get_backend",
+    "linear",
     "linear_attention",
     "neighborhood_attention",
     "neighborhood_attention_plain",

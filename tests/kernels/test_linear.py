@@ -1,0 +1,81 @@
+"""The linear map equals F.linear, eagerly and as the operator that compilers see."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from visionattn.kernels import linear
+
+SHAPES = [(2, 8, 5), (16, 3, 3, 5), (1, 7, 11, 5), (0, 4, 5), (3, 5), (2, 40, 5)]
+
+
+def tensors(*shape, grad=True):
+    made = torch.randn(shape), torch.randn(6, shape[-1]), torch.randn(6)
+    return [t.requires_grad_(grad) for t in made]
+
+
+def step(function, inputs):
+    out = function(*inputs)
+    wanted = [t for t in inputs if t is not None and t.requires_grad]
+    return out, *torch.autograd.grad(out.square().sum(), wanted)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equals_f_linear_forward_and_gradients(shape, biased, threads):
+    x, weight, bias = tensors(*shape)
+    inputs = (x, weight, bias if biased else None)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        expected = step(F.linear, inputs)
+        torch.testing.assert_close(step(linear, inputs), expected)
+        torch.testing.assert_close(step(torch.ops.visionattn.linear, inputs), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("frozen", [(0,), (1,), (1, 2)], ids=str)
+def test_compiled_with_frozen_inputs(frozen):
+    inputs = tensors(2, 8, 8, 5)
+    for i in frozen:
+        inputs[i].requires_grad_(False)
+    compiled = torch.compile(lambda *t: 2 * linear(*t), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(step(compiled, inputs), step(lambda *t: 2 * F.linear(*t), inputs))
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 5), (0, 4, 5)], ids=str)
+def test_passes_opcheck(shape):
+    torch.library.opcheck(torch.ops.visionattn.linear, tensors(*shape))
+    x, weight, _ = tensors(*shape, grad=False)
+    torch.library.opcheck(torch.ops.visionattn.linear_backward, (torch.randn(*shape[:-1], 6), x, weight, [True] * 3))
+
+
+def test_compiled_per_sample_gradients():
+    x, weight, bias = tensors(3, 2, 8, 5, grad=False)
+    per_sample = torch.func.vmap(torch.func.grad(lambda w, x: linear(x[None], w, bias).square().sum()), (None, 0))
+    compiled = torch.compile(per_sample, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(weight, x), per_sample(weight, x))
+
+
+def test_strided_input_and_other_dtypes():
+    wide = torch.randn(4, 9, 8, 5).transpose(1, 2)[:, ::2]
+    weight = torch.randn(6, 5)
+    for function in (linear, torch.ops.visionattn.linear):
+        torch.testing.assert_close(function(wide, weight, None), F.linear(wide, weight))
+    x, weight = wide.double(), weight.double()
+    torch.testing.assert_close(linear(x, weight), F.linear(x, weight))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(wide, weight.float()).dtype == torch.bfloat16
+
+
+def test_operations_are_counted_as_of_a_matrix_product():
+    x, weight, bias = tensors(2, 8, 5)
+    counts = []
+    for function in (F.linear, torch.ops.visionattn.linear):
+        with FlopCounterMode(display=False) as counter:
+            function(x, weight, bias).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] == 3 * 2 * 16 * 5 * 6
