@@ -1,5 +1,7 @@
 """The bodies and the mixers inside them: what parity and the contract cannot see."""
 
+import warnings
+
 import pytest
 import timm
 import torch
@@ -123,6 +125,26 @@ def test_every_body_takes_every_mixer_at_every_size(host, mixer):
     assert any(isinstance(module, mixer) for module in model.modules())
     for size in ((70, 50), (20, 100)):
         assert model(torch.randn(1, 3, *size)).shape == (1, 5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("mixer", [None, *MIXERS])
+@pytest.mark.parametrize("norm", ["layernorm", "prepbn"])
+def test_every_combination_scripts_compiles_and_exports(host, mixer, norm):
+    x = torch.randn(2, 3, 64, 64)
+    with timm.layers.set_scriptable(True):
+        scriptable = host(mixer=mixer, norm_layer=norm, **HOSTS[host]).eval()
+    model = host(mixer=mixer, norm_layer=norm, **HOSTS[host]).eval()
+    model.load_state_dict(scriptable.state_dict())
+    expected = model(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated, timm's clients still use it
+        torch.testing.assert_close(torch.jit.script(scriptable)(x), expected)
+    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
+    torch.compiler.reset()  # or the code shared by all cases reaches the limit of recompilations
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-5)
 
 
 class Roll(Mixer):

@@ -68,6 +68,12 @@ def test_recomputation_under_gradient_checkpointing_is_no_step_of_the_schedule()
     torch.testing.assert_close(x.grad, z.grad)
 
 
+def test_two_passes_before_a_backward_pass():
+    norm, x = PRepBN(3, total_step=4), ramp().requires_grad_()
+    (norm(x) + norm(x * 2)).square().sum().backward()
+    assert x.grad.isfinite().all()
+
+
 def test_schedule_resumes_from_a_checkpoint():
     norm = PRepBN(3, total_step=4)
     norm(ramp())

@@ -143,7 +143,8 @@ class PRepBN(nn.Module):
         if first:
             self.share.copy_(self.iter / self.total_step)
             self.iter.copy_((self.iter - 1).clamp(min=0))
-        return torch.lerp(self.norm2(x), self.norm1(x).to(x.dtype), self.share.to(x.dtype))
+        share = self.share.clone().to(x.dtype)  # the next pass may come before the backward pass of this one
+        return torch.lerp(self.norm2(x), self.norm1(x).to(x.dtype), share)
 
     def affine(self) -> tuple[Tensor, Tensor]:
         """Scale and shift of every channel in evaluation. [C], [C]"""

@@ -57,10 +57,13 @@ class _PositionedLinearAttention(LinearMixer):
         """The convolutions of the values. [B, N, C] -> [B, H, W, C]"""
         # Repeated for every head, filters of one convolution of the whole map; the one of the host joins in.
         weight, bias = self.dwc.weight.repeat(self.num_heads, 1, 1, 1), self.dwc.bias
-        bias = bias if bias is None else bias.repeat(self.num_heads)
+        if bias is not None:
+            bias = bias.repeat(self.num_heads)
         if self.get_v is not None:
             weight = weight + F.pad(self.get_v.weight, [1, 1, 1, 1])  # 3x3 to 5x5
-            bias = self.get_v.bias if bias is None else bias + self.get_v.bias
+            extra = self.get_v.bias
+            if bias is not None and extra is not None:
+                bias = bias + extra
         return self.dwc.convolve(self.map(v, H, W), weight, bias)
 
 
