@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from visionattn.kernels import linear
 
-SHAPES = [(2, 8, 5), (16, 3, 3, 5), (1, 7, 11, 5), (0, 4, 5), (3, 5), (2, 40, 5)]
+SHAPES = [(2, 8, 5), (16, 3, 3, 5), (1, 7, 11, 5), (0, 4, 5), (3, 5), (2, 40, 5), (1, 197, 5), (3, 37, 5)]
 
 
 def tensors(*shape, grad=True):
@@ -46,7 +46,7 @@ def test_compiled_with_frozen_inputs(frozen):
     torch.testing.assert_close(step(compiled, inputs), step(lambda *t: 2 * F.linear(*t), inputs))
 
 
-@pytest.mark.parametrize("shape", [(2, 8, 5), (0, 4, 5)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 8, 5), (0, 4, 5), (1, 197, 5)], ids=str)
 def test_passes_opcheck(shape):
     torch.library.opcheck(torch.ops.visionattn.linear, tensors(*shape))
     x, weight, _ = tensors(*shape, grad=False)
