@@ -49,8 +49,28 @@ def products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
+def focused(x: Tensor, power: float, divisor: Tensor) -> Tensor:
+    """Focused features, one slice after the other in place. Arguments as in ``linear_forms.focused``."""
+    x = x if x.dtype == torch.float64 else x.float()
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    factor = divisor.to(x.dtype).reciprocal()
+    samples = samples_at_a_time(x)
+    for source, part in zip(x.split(samples), y.split(samples), strict=True):
+        torch.clamp(source, min=0, out=part)
+        torch.mul(part.add_(1e-6), factor, out=part)
+        norm = torch.linalg.vector_norm(part, dim=(-2, -1), keepdim=True)
+        part.div_(part.amax((-2, -1), keepdim=True)).pow_(power)
+        part.mul_(norm.div_(torch.linalg.vector_norm(part, dim=(-2, -1), keepdim=True)))
+    return y
+
+
+def runs_in_slices(q: Tensor) -> bool:
+    """Whether this is inference on a CPU, which takes a few samples at a time."""
+    return q.device.type == "cpu" and not torch.is_grad_enabled() and eager(q) and q.numel() > 0
+
+
 def samples_at_a_time(q: Tensor) -> int:
-    """How many samples inference on a CPU takes at a time."""
-    if q.device.type != "cpu" or torch.is_grad_enabled() or not eager(q):
+    """How many samples are taken at a time."""
+    if not runs_in_slices(q):
         return q.shape[0]
     return max(1, SLICE_ELEMENTS // max(1, q.shape[1:].numel()))

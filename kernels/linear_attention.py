@@ -102,7 +102,9 @@ def _mixed(form: Form, rotary: Rotary | None, q, k, v, key_weights, residual, ga
     if form.causal:
         out = mix_causal(query, key, value, *options)
     else:
-        out = mix(query, key, value, *options, form.rank_augmented)
+        joins = residual is not None and residual.dtype == query.dtype
+        out = mix(query, key, value, *options, form.rank_augmented, residual if joins else None)
+        residual = None if joins else residual
     return _epilogue(out.to(v.dtype), residual, gate)
 
 

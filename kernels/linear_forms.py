@@ -60,9 +60,19 @@ def focused(x: Tensor, power: float = 3.0, scale: Tensor | None = None) -> Tenso
         power: The focusing factor.
         scale: Learned, one of each channel; None for no division. Any shape of h * D elements.
     """
-    y = F.relu(precise(x)) + 1e-6
+    divisor = torch.ones([], dtype=x.dtype, device=x.device)
     if scale is not None:
-        y = y / F.softplus(scale).reshape(x.shape[-2], x.shape[-1]).to(y.dtype)
+        divisor = F.softplus(scale).reshape(x.shape[-2], x.shape[-1])
+    if torch.jit.is_scripting():
+        return _focused(x, power, divisor)
+    else:
+        in_place = _linear_eager.runs_in_slices(x)
+        return _linear_eager.focused(x, power, divisor) if in_place else _focused(x, power, divisor)
+
+
+def _focused(x: Tensor, power: float, divisor: Tensor) -> Tensor:
+    y = precise(x)
+    y = (F.relu(y) + 1e-6) / divisor.to(y.dtype)
     # Divided by its largest element, a power neither overflows nor vanishes; the norm below takes the factor out.
     sharp = (y / y.amax((-2, -1), keepdim=True)) ** power
     norm = torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True)
@@ -168,6 +178,14 @@ def _matrix_products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return (query.transpose(1, 2) @ state).transpose(1, 2)
 
 
+def _centered(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """``mean(v) + q (k^T v - sum(k) mean(v)) * scale`` of every head: "inline" without a pass for the divisor."""
+    mean = value.mean(1)[:, :, None]  # B h 1 V
+    state = key.permute(0, 2, 3, 1) @ value.transpose(1, 2) - key.sum(1)[..., None] * mean
+    query, state, mean = (t.flatten(0, 1) for t in (query.transpose(1, 2), state * scale, mean))
+    return torch.baddbmm(mean, query, state).unflatten(0, [-1, value.shape[2]]).transpose(1, 2)
+
+
 def mix(
     query: Tensor,
     key: Tensor,
@@ -178,6 +196,7 @@ def mix(
     rotary: tuple[Tensor, Tensor] | None,
     key_weights: Tensor | None,
     rank_augmented: bool,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Linear attention of features, all in one dtype, without the causal form.
 
@@ -191,16 +210,19 @@ def mix(
         rotary: Twice [N, F / 2]
         key_weights: [B, M, h]
         rank_augmented: Whether to compute the weights.
+        residual: Added to the result. [B, N, h, V]
     """
     if rank_augmented:
         key_weights = global_weights(query, key, scale)
     if key_weights is not None:
         key = key * key_weights[..., None]
+    if normalizer == "inline" and rotary is None:
+        out = _centered(query, key, value, scale / value.shape[1])
+        return out if residual is None else out + residual
     total = (query * key.sum(1, keepdim=True)).sum(-1, keepdim=True)
     if rotary is not None:
         query, key = rotate_pairs(query, rotary[0], rotary[1]), rotate_pairs(key, rotary[0], rotary[1])
     out = _products(query, key, value)
     factor, shift = coefficients(total, value.shape[1], normalizer, scale, eps)
-    if shift is None:
-        return out * factor
-    return torch.addcmul(out * factor, shift, value.mean(1, keepdim=True))
+    out = out * factor if residual is None else torch.addcmul(residual, out, factor)
+    return out if shift is None else torch.addcmul(out, shift, value.mean(1, keepdim=True))

@@ -20,6 +20,7 @@ from visionattn.attention import (
     SimplifiedLinearAttention,
     SpatialReductionAttention,
     WindowAttention,
+    agent,
 )
 from visionattn.hosts import PVT, CSwin, DeiT, DeiTGrid, PVTv2, Swin
 from visionattn.hosts.convert import _fit, checkpoint_filter_fn
@@ -248,6 +249,22 @@ def test_agent_attention_is_its_formula_on_maps_of_any_size(prefix, size):
     torch.testing.assert_close(mixer(x, size), mixer.proj(y))
     if not prefix:
         torch.testing.assert_close(mixer(x.unflatten(1, size)), mixer.proj(y).unflatten(1, size))
+
+
+@pytest.mark.parametrize("prefix", [0, 1])
+def test_agent_attention_with_many_tokens_an_agent_is_the_same(monkeypatch, prefix):
+    layer = randomize_(AgentAttention(12, 3, 1, input_size=(9, 8), num_prefix_tokens=prefix)).double()
+    x = torch.randn(2, prefix + 72, 12, dtype=torch.float64, requires_grad=True)
+    outputs, gradients = [], []
+    for many in (64, 10**6):
+        monkeypatch.setattr(agent, "MANY_TOKENS", many)
+        y = layer(x, (9, 8))
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x, (9, 8)), y)
+        outputs.append(y)
+        gradients.append(torch.autograd.grad(y.square().sum(), [x, *layer.parameters()]))
+    torch.testing.assert_close(*outputs)
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("prefix", [0, 1])

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["PlainSwin", "VARIANTS", "build"]
+__all__ = ["MIXERS", "PlainSwin", "VARIANTS", "build"]
 
 
 def _heads(x: Tensor, h: int) -> Tensor:
@@ -42,7 +42,7 @@ class _Window(_Attention):
         distance = place[:, :, None] - place[:, None] + window - 1
         self.register_buffer("relative_position_index", distance[0] * (2 * window - 1) + distance[1])
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         B, N, _ = x.shape
         q, k, v = (_heads(t, self.heads) for t in self.split(x))
         attn = (q * self.scale) @ k.transpose(-2, -1)
@@ -69,7 +69,7 @@ class _Agent(_Attention):
             if name.endswith("_bias"):
                 nn.init.trunc_normal_(table, std=0.02)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         B, N, C = x.shape
         h, w, size = self.heads, self.window, (self.window, self.window)
         q, k, v = self.split(x)
@@ -94,7 +94,7 @@ class _InLine(_Attention):
             nn.Conv1d(dim, dim, 1, groups=heads), nn.GELU(), nn.Conv1d(dim, 9 * dim, 1, groups=heads)
         )
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         B, N, C = x.shape
         w = self.window
         q, k, v = (_heads(t, self.heads) for t in self.split(x))
@@ -120,7 +120,7 @@ class _Linear(_Attention):
         if focused:
             self.scale = nn.Parameter(torch.zeros(1, 1, dim))
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         w = self.window
         q, k, v = self.split(x)
         k = k + self.positional_encoding
@@ -284,6 +284,7 @@ class PlainSwin(nn.Module):
 
 
 FOCUSED, SIMPLIFIED = partial(_Linear, focused=True), partial(_Linear, focused=False)
+MIXERS = {"agent": _Agent, "inline": _InLine, "flatten": FOCUSED, "slab": SIMPLIFIED}
 VARIANTS = {
     "agent_swin_t": (tuple(partial(_Agent, agents=n) for n in (9, 16, 49)) + (None,), nn.LayerNorm),
     "inline_swin_t": ((_InLine, _InLine, _InLine, None), nn.LayerNorm),
