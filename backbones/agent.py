@@ -5,6 +5,8 @@ ECCV 2024, arXiv 2312.08874. Original code: LeapLabTHU/Agent-Attention (no licen
 other sizes than the tables of positions were made for follow the authors' detectors.
 """
 
+from collections.abc import Mapping, Sequence
+
 from timm.models import generate_default_cfgs, register_model
 
 from visionattn.backbone import build_backbone
@@ -34,8 +36,29 @@ CSWIN_B = dict(AGENTS, embed_dim=96, depths=(3, 6, 29, 2), num_heads=(4, 8, 16, 
 default_cfgs = generate_default_cfgs(pretrained_cfgs("agent", first_conv="stem.proj", classifier="head.fc"))
 
 
-def _create(cls: type[Host], variant: str, pretrained: bool, model_args: dict, **kwargs) -> Host:
-    return build_backbone(cls, variant, pretrained, checkpoint_filter_fn, **dict(model_args, **kwargs))
+def _create(
+    cls: type[Host],
+    variant: str,
+    pretrained: bool,
+    model_args: dict,
+    agent_shapes: Sequence[int | tuple[int, int]] | None = None,
+    **kwargs,
+) -> Host:
+    """Build a model.
+
+    Args:
+        agent_shapes: Rows and columns of agents of each stage on large images, if not those of the classifier. The
+            authors' detectors have 9, 12, 14, 7 in Swin and 12, 16, 28, 28 in PVT.
+    """
+    args = dict(model_args, **kwargs)
+    if agent_shapes is not None:
+        stages = len(args.get("depths", (12,)))
+        if len(agent_shapes) != stages:
+            raise ValueError(f"agent_shapes must have one entry a stage, {stages}, got {agent_shapes!r}")
+        given = args.get("mixer_args") or {}
+        given = [given] * stages if isinstance(given, Mapping) else given
+        args["mixer_args"] = [dict(a, agent_shape=shape) for a, shape in zip(given, agent_shapes, strict=True)]
+    return build_backbone(cls, variant, pretrained, checkpoint_filter_fn, **args)
 
 
 @register_model

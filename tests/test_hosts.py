@@ -509,3 +509,18 @@ def test_dense_size_equals_the_classifier_at_its_own():
     for a, b in zip(ours[:3], theirs[:3], strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
     assert not torch.allclose(ours[3], theirs[3], atol=1e-4)
+
+
+def test_agents_of_another_number_serve_dense_tasks():
+    small = dict(HOSTS[Swin], img_size=96, depths=(1, 1, 1, 1))
+    model = timm.create_model("agent_swin_t", **small).eval()
+    same = timm.create_model("agent_swin_t", agent_shapes=(3, 4, 7, 7), **small).eval()
+    dense = timm.create_model("agent_swin_t", features_only=True, agent_shapes=(9, (12, 8), 14, 7), **small).eval()
+    same.load_state_dict(model.state_dict())
+    assert [m.agent_shape for m in dense.modules() if isinstance(m, AgentAttention)] == [(9, 9), (12, 8), (14, 14)]
+    x = torch.randn(1, 3, 96, 96)
+    torch.testing.assert_close(same(x), model(x), rtol=0, atol=0)
+    assert [m.shape[2:] for m in dense(torch.randn(1, 3, 160, 128))] == [(40, 32), (20, 16), (10, 8), (5, 4)]
+    with pytest.raises(ValueError, match="agent_shapes must have one entry a stage, 4, got"):
+        timm.create_model("agent_swin_t", agent_shapes=(9, 12), **small)
+    assert timm.create_model("agent_deit_t", agent_shapes=[14]).stages[0].attn.agent_shape == (14, 14)
