@@ -5,6 +5,7 @@ import torch
 
 from visionattn.benchmark import cli, layers
 from visionattn.benchmark.figures import draw_growth
+from visionattn.benchmark.host_mixers import HOST_MIXERS
 from visionattn.benchmark.ops import Size
 from visionattn.benchmark.report import Report
 from visionattn.benchmark.runner import Row
@@ -68,12 +69,19 @@ def test_nothing_measured_is_no_picture(tmp_path):
         draw_growth([Row("hilo", "1x4x4x8", "infer", "ours", reason="n/a")], tmp_path / "growth.png", "")
 
 
+@pytest.mark.parametrize("name", HOST_MIXERS)
+def test_mixers_of_the_hosts_equal_the_authors_composition(capsys, name):
+    status, out, err = run(capsys, f"layers {name} --sizes 7x7x64 --batch 2 --repeats 1 --check")
+    assert status == 0 and "n/a" not in out, err
+    assert "measured on square maps, got 7x8x64" in run(capsys, f"layers {name} --sizes 7x8x64 --repeats 1")[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ("layers hilow", "unknown layer 'hilow'; allowed are hilo, mixers, token_merging"),
         ("layers hilo --candidates ors", "unknown candidate 'ors'; allowed are plain, ours, full"),
-        ("layers --plot a.png", "--plot draws one of those named, not hilo, mixers, token_merging"),
+        ("layers --plot a.png", "--plot draws one of those named, not hilo, mixers, token_merging, softmax"),
         ("layers hilo --plot no/such/folder/a.png", "does not exist"),
         ("layers hilo --sizes 7x7", "HEIGHTxWIDTHxCHANNELS"),
     ],

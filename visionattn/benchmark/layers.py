@@ -4,7 +4,6 @@ All candidates work on one map [B, H, W, C]. ``plain`` and ``ours`` share their 
 compute something else and are measured beside them. A candidate is written ``layer[+compile]``.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,23 +15,19 @@ from timm.models.swin_transformer import WindowAttention, window_partition, wind
 from torch import Tensor, nn
 
 from visionattn.attention import (
-    AgentAttention,
     FlowAttention,
-    FocusedLinearAttention,
     HedgehogAttention,
     HiLoAttention,
-    InLineAttention,
     LinearAttention,
     MagnitudeAwareAttention,
     RankAugmentedAttention,
-    SimplifiedLinearAttention,
     SoftmaxAttention,
 )
 from visionattn.backbones.litv2 import checkpoint_filter_fn
+from visionattn.benchmark.host_mixers import HOST_MIXERS, host_mixer_weights
 from visionattn.benchmark.models import randomize_
 from visionattn.benchmark.ops import Size, parse_candidate
 from visionattn.benchmark.plain_litv2 import PlainHiLo, PlainMerging
-from visionattn.benchmark.plain_swin import MIXERS as PLAIN_MIXERS
 from visionattn.benchmark.runner import Candidate, Case, Workload
 from visionattn.token_merging import DeformableTokenMerging
 
@@ -40,7 +35,6 @@ __all__ = ["LAYERS", "LayerBenchmark", "layer_case"]
 
 WINDOW = 7
 STAGES = (Size(56, 56, 96), Size(28, 28, 192), Size(14, 14, 384))  # of Swin-Tiny
-AGENTS = {56: 9, 28: 16}  # of Agent-Swin by the side of the map, 49 elsewhere
 
 
 class _OnMap(nn.Module):
@@ -103,22 +97,14 @@ def _mixers(size: Size) -> dict[str, Callable[[], nn.Module]]:
     return {name.replace("+", ""): partial(mixer, dim, heads) for name, mixer in mixers.items()}
 
 
-def _host_mixer(plain: Callable[..., nn.Module], ours: Callable[..., nn.Module], size: Size) -> dict:
-    dim, heads, side = size.channels, max(size.channels // 32, 1), size.height
-    options = dict(num_agents=AGENTS.get(side, 49)) if ours is AgentAttention else {}
+def _host_mixer(name: str, size: Size) -> dict[str, Callable[[], nn.Module]]:
+    if size.height != size.width:
+        raise ValueError(f"layer {name!r} is measured on square maps, got {size}")
+    pair = HOST_MIXERS[name][1](size.channels, max(size.channels // 32, 1), size.height)
     return {
-        "plain": lambda: _OnMap(plain(dim, heads, side, *options.values()), _tokens),
-        "ours": lambda: _OnMap(ours(dim, heads, input_size=(side, side), **options), lambda layer, x: layer(x)),
+        "plain": lambda: _OnMap(pair.plain(), _sized_tokens if pair.sized else _tokens),
+        "ours": lambda: _OnMap(pair.ours(), lambda layer, x: layer(x)),
     }
-
-
-def _host_mixer_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Positions are a map instead of a sequence, the scale of FLatten is called what it is."""
-    state = {"temperature" if name == "scale" else name: value for name, value in state.items()}
-    if "positional_encoding" in state:
-        side = math.isqrt(state["positional_encoding"].shape[1])
-        state["positional_encoding"] = state["positional_encoding"].unflatten(1, (side, side))
-    return state
 
 
 def _token_merging(size: Size) -> dict[str, Callable[[], nn.Module]]:
@@ -171,17 +157,9 @@ LAYERS = {
         STAGES,
     ),
 }
-HOST_MIXERS = {
-    "agent": (AgentAttention, "agent attention"),
-    "inline": (InLineAttention, "InLine attention"),
-    "flatten": (FocusedLinearAttention, "focused linear attention"),
-    "slab": (SimplifiedLinearAttention, "simplified linear attention"),
-}
 LAYERS |= {
-    name: LayerBenchmark(
-        f"{summary}, with projections", partial(_host_mixer, PLAIN_MIXERS[name], mixer), _host_mixer_weights, STAGES
-    )
-    for name, (mixer, summary) in HOST_MIXERS.items()
+    name: LayerBenchmark(f"{summary}, with projections", partial(_host_mixer, name), host_mixer_weights, STAGES)
+    for name, (summary, _) in HOST_MIXERS.items()
 }
 
 
