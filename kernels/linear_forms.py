@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visionattn.kernels import _linear_eager
+from visionattn.kernels import _dispatch, _linear_eager
+from visionattn.kernels._focused_triton import focused_triton, unsupported
 from visionattn.kernels.tiles import eager
 
 FEATURE_MAPS = ("identity", "relu", "relu2", "elu+1", "exp", "softmax", "focused")
@@ -50,7 +51,7 @@ def features(x: Tensor, name: str) -> Tensor:
     return x
 
 
-def focused(x: Tensor, power: float = 3.0, scale: Tensor | None = None) -> Tensor:
+def focused(x: Tensor, power: float = 3.0, scale: Tensor | None = None, backend: str | None = None) -> Tensor:
     """Sharpen ``y = (relu(x) + 1e-6) / softplus(scale)`` to ``y ** power`` and give it back the norm of ``y``.
 
     The norms are those of whole tokens, all heads together (FLatten, arXiv 2308.00442).
@@ -59,6 +60,7 @@ def focused(x: Tensor, power: float = 3.0, scale: Tensor | None = None) -> Tenso
         x: Queries or keys; the result is at least in float32. [B, N, h, D]
         power: The focusing factor.
         scale: Learned, one of each channel; None for no division. Any shape of h * D elements.
+        backend: ``"triton"``, ``"torch"``, ``"reference"``, or ``None`` for the setting or the automatic choice.
     """
     divisor = torch.ones([], dtype=x.dtype, device=x.device)
     if scale is not None:
@@ -66,8 +68,16 @@ def focused(x: Tensor, power: float = 3.0, scale: Tensor | None = None) -> Tenso
     if torch.jit.is_scripting():
         return _focused(x, power, divisor)
     else:
-        in_place = _linear_eager.runs_in_slices(x)
-        return _linear_eager.focused(x, power, divisor) if in_place else _focused(x, power, divisor)
+        return _fastest_focused(x, power, divisor, backend)
+
+
+def _fastest_focused(x: Tensor, power: float, divisor: Tensor, backend: str | None) -> Tensor:
+    chosen = _dispatch.choose("focused", x, backend, lambda: unsupported(x))
+    if chosen == "triton":
+        return focused_triton(x, power, divisor)
+    if chosen == "torch" and _linear_eager.runs_in_slices(x):
+        return _linear_eager.focused(x, power, divisor)
+    return _focused(x, power, divisor)
 
 
 def _focused(x: Tensor, power: float, divisor: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from triton.compiler import ASTSource
 
 from visionattn.kernels import (
     _bilevel_kernels,
+    _focused_triton,
     _linear_kernels,
     _linear_triton,
     _neighborhood_kernels,
@@ -34,7 +35,7 @@ depthwise, pointwise = (sys.modules[op.__module__] for op in (depthwise_conv2d, 
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
-SIZES = ("N", "n_runs", "runs_per_row", "C", "H", "W", "dilation", "M", "D", "heads", "across", "regions", "K")
+SIZES = ("N", "n_runs", "runs_per_row", "C", "H", "W", "dilation", "M", "D", "heads", "across", "regions", "K", "rows")
 TENSORS = ("grad", "q", "k", "v", "out", "dq", "dk", "dv")
 TUPLES = {  # arguments that are tuples of integers
     _neighborhood_kernels.__name__: {"shape": 3, "dilation": 3, "tiles": 2}
@@ -42,12 +43,15 @@ TUPLES = {  # arguments that are tuples of integers
     _bilevel_kernels.__name__: dict.fromkeys(("shape", "key_shape", "region", "key_region"), 2)
     | {f"{name}_strides": 4 for name in TENSORS},
     _linear_kernels.__name__: {f"{name}_strides": 3 for name in "kvwqrgo"},
+    _focused_triton.__name__: {"x_strides": 2, "grad_strides": 2},
 }
 INTEGERS = {"routes": "i64", "sources": "i32", "starts": "i32"}  # of what such tensors are
 SUMS = ("lse", "delta", "bias_parts")
 LINEAR_SUMS = ("weights", "cos", "sin", "state", "key_sum", "value_sum", "value_mean", "dstate", "dkey_sum")
 LINEAR_SUMS += ("dvalue_sum", "dvalue_mean", "dweights")
 LINEAR = [(64, 64), (96, 96), (32, 32), (24, 24)]  # features, width of a value
+FOCUSED = [64, 96, 512, 1024, 4096]  # channels
+FOCUSED_SUMS = ("grad", "factor", "parts")
 NEIGHBORHOOD = [  # head dim, window, ranks of the longest residue, whether there is dilation
     (32, (1, 7, 7), (1, 56, 56), False),
     (32, (1, 7, 7), (1, 14, 14), True),
@@ -78,6 +82,10 @@ def launches(dtype: str, every: bool, hip: bool):
     yield from neighborhood_launches(dtype, acc, every)
     yield from linear_launches(dtype, acc, every, hip)
     yield from bilevel_launches(dtype, acc, every)
+    for C in FOCUSED if every else FOCUSED[2:3]:
+        constants = _focused_triton.launch_config(C, DTYPES[dtype]) | {"POWER": 3, "ACC": acc}
+        yield _focused_triton._focused_fwd, constants, C % 16 == 0
+        yield _focused_triton._focused_bwd, constants | {"STEPS": 16}, C % 16 == 0
 
 
 def neighborhood_launches(dtype: str, acc: tl.dtype, every: bool):
@@ -147,6 +155,8 @@ def compiled(kernel, dtype: str, constants: dict, divisible: bool, target: GPUTa
         else:
             precise = name in SUMS or (partial and name == "out")
             precise |= kernel.__module__ == _linear_kernels.__name__ and name in LINEAR_SUMS
+            precise |= kernel.__module__ == _focused_triton.__name__ and name in FOCUSED_SUMS
+            precise |= kernel is _focused_triton._focused_fwd and name == "out"
             signature[name] = "*" + (sums if precise else dtype)
         if signature[name].startswith("*") or (divisible and name in ("C", "D") and name not in constants):
             attributes[(index,)] = [["tt.divisibility", 16]]
@@ -178,7 +188,7 @@ def resources(program) -> dict[str, int]:
 
 def main() -> None:
     target, dtypes, extent = sys.argv[1:]
-    for module in (depthwise, pointwise, _neighborhood_kernels, _linear_kernels, _bilevel_kernels):
+    for module in (depthwise, pointwise, _neighborhood_kernels, _linear_kernels, _bilevel_kernels, _focused_triton):
         _triton.load_kernels(vars(module))
     rows = []
     for dtype in dtypes.split(","):

@@ -13,6 +13,7 @@ TARGETS = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_5
 KERNELS = {"_depthwise_fwd", "_depthwise_bwd_weight", "_gated_pointwise_fwd"}
 KERNELS |= {f"_neighborhood_{name}" for name in ("fwd", "bwd_dq", "bwd_dkv")}
 KERNELS |= {f"_linear_{name}" for name in ("keys", "queries", "queries_bwd", "keys_bwd")}
+KERNELS |= {"_focused_fwd", "_focused_bwd"}
 KERNELS |= {f"_bilevel_{name}" for name in ("fwd", "bwd_dq", "bwd_dkv")}
 
 

@@ -185,8 +185,9 @@ class LinearMixer(Mixer):
         normalizer: str,
         sharpness: Tensor | None,
     ) -> Tensor:
-        features_of = feature_map if sharpness is None else partial(focused, scale=sharpness)
-        options = dict(residual=residual, backend="torch" if self.plain else None)
+        backend = "torch" if self.plain else None
+        features_of = feature_map if sharpness is None else partial(focused, scale=sharpness, backend=backend)
+        options = dict(residual=residual, backend=backend)
         return linear_attention(q, k, v, features_of, normalizer, self.scale, self.eps, **options)
 
 
