@@ -20,7 +20,7 @@ LAYERS = (
     {"hub"},
     {"backbone", "features", "isotropic", "natten"},
     {"hosts"},
-    {"backbones"},
+    {"backbones", "convert"},
     {"train", "benchmark", "zoo", "__main__"},
 )
 

@@ -56,7 +56,8 @@ MIXERS = {
     "simplified": ("SimplifiedLinearAttention", dict(input_size=(4, 4)), 0.88),
     "inline_local": ("InLineAttention", dict(input_size=(4, 4)), 0.88),
 }
-COVERED_OTHERWISE = {"LargeKernelAttention", "CrossFlowAttention", "HedgehogFeatures", "Mixer"}  # no mixers of a grid
+# No mixers of a grid, or one of those above as a host calls it.
+COVERED_OTHERWISE = {"LargeKernelAttention", "CrossFlowAttention", "HedgehogFeatures", "Mixer", "SoftmaxMixer"}
 
 
 def build(name: str, **kwargs) -> nn.Module:

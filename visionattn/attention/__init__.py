@@ -18,7 +18,7 @@ from visionattn.attention.lka import LargeKernelAttention
 from visionattn.attention.local import CircularWindowAttention, HaloAttention
 from visionattn.attention.mixer import Mixer
 from visionattn.attention.neighborhood import NeighborhoodAttention
-from visionattn.attention.softmax import SoftmaxAttention
+from visionattn.attention.softmax import SoftmaxAttention, SoftmaxMixer
 from visionattn.attention.softplus import SoftplusAttention
 from visionattn.attention.spatial_reduction import SpatialReductionAttention
 from visionattn.attention.ssa import SelectiveAttention
@@ -48,6 +48,7 @@ __all__ = [
     "SelectiveAttention",
     "SimplifiedLinearAttention",
     "SoftmaxAttention",
+    "SoftmaxMixer",
     "SoftplusAttention",
     "SpatialReductionAttention",
     "WindowAttention",

@@ -36,6 +36,8 @@ class AgentAttention(Mixer):
         ValueError: If ``num_agents`` is no square number or ``agent_shape`` not positive.
     """
 
+    short_name = "agent"
+
     def __init__(
         self,
         dim: int,

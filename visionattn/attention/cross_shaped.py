@@ -75,6 +75,8 @@ class CrossShapedAttention(Mixer):
         ValueError: If ``split_size`` is not positive or ``num_heads`` odd with stripes.
     """
 
+    short_name = "cross_shaped"
+
     def __init__(
         self, dim: int, num_heads: int, split_size: int | None = 7, *, device=None, dtype=None, **host
     ) -> None:

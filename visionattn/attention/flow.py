@@ -29,6 +29,8 @@ class FlowAttention(SelfAttention):
         ValueError: If ``num_heads`` does not divide ``dim``.
     """
 
+    short_name = "flow"
+
     def __init__(
         self,
         dim: int,
@@ -44,7 +46,7 @@ class FlowAttention(SelfAttention):
         super().__init__(dim, num_heads, qkv_bias, proj_drop, device=device, dtype=dtype)
         self.causal, self.eps, self.flow_eps = causal, eps, flow_eps
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         if torch.jit.is_scripting():
             return self._mix(x)
         else:

@@ -76,6 +76,8 @@ class FocusedLinearAttention(_PositionedLinearAttention):
     Args: those of ``Mixer``.
     """
 
+    short_name = "flatten"
+
     def __init__(self, dim: int, num_heads: int, *, device=None, dtype=None, **host) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__(dim, num_heads, **host, **dd)
@@ -98,6 +100,8 @@ class SimplifiedLinearAttention(_PositionedLinearAttention):
         unused_scale: Hold the ``scale`` of the authors' CSwin, which its forward pass leaves out.
         host: Arguments of ``Mixer``.
     """
+
+    short_name = "slab"
 
     def __init__(
         self, dim: int, num_heads: int, unused_scale: bool = False, *, device=None, dtype=None, **host

@@ -132,6 +132,8 @@ class HedgehogAttention(SelfAttention):
         ValueError: If ``num_heads`` does not divide ``dim``, or ``window`` is negative or not causal.
     """
 
+    short_name = "hedgehog"
+
     def __init__(
         self,
         dim: int,

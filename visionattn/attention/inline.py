@@ -21,6 +21,8 @@ class InLineAttention(LinearMixer):
     Args: those of ``Mixer``.
     """
 
+    short_name = "inline"
+
     def __init__(
         self,
         dim: int,

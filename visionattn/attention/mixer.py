@@ -17,7 +17,7 @@ from visionattn.kernels import exporting, focused, linear_attention
 from visionattn.kernels.linear_forms import features, mix, precise
 from visionattn.norms import fold_before
 
-__all__ = ["LinearMixer", "Mixer", "MixerLike", "find_mixer", "unknown_size"]
+__all__ = ["LinearMixer", "Mixer", "MixerLike", "find_mixer", "short_names", "unknown_size"]
 
 EPS = 1e-6  # of the divisors of linear attention
 MixerLike = str | Callable[..., nn.Module]
@@ -35,7 +35,8 @@ class Mixer(nn.Module):
     """Base of the token mixers that a host can put into its blocks: ``proj(attend(qkv(x)))``.
 
     A mixer sees the whole map, or the prefix tokens and the map as one sequence. A subclass writes ``attend``; every
-    host takes it as ``mixer=`` and tells it the arguments below.
+    host takes it as ``mixer=`` and tells it the arguments below. ``short_name`` is what it is called there instead of
+    its class path; ``uses_map`` tells whether it matters to it how many rows and columns a sequence has.
 
     Args:
         dim: Channels.
@@ -51,6 +52,9 @@ class Mixer(nn.Module):
     Raises:
         ValueError: If ``num_heads`` does not divide ``dim``.
     """
+
+    short_name = ""
+    uses_map = True
 
     def __init__(
         self,
@@ -192,19 +196,25 @@ class LinearMixer(Mixer):
 
 
 def find_mixer(mixer: MixerLike) -> Callable[..., nn.Module]:
-    """A mixer, or what its class path ``"package.module.Class"`` names.
+    """A mixer, or what its ``short_name`` or its class path ``"package.module.Class"`` names.
 
     Raises:
-        ValueError: If the path leads nowhere or to something that cannot be called.
+        ValueError: If the name leads nowhere or to something that cannot be called.
     """
     found = mixer
     if isinstance(mixer, str):
         module, _, name = mixer.rpartition(".")
         try:
-            found = getattr(import_module(module), name)
-        except (ImportError, AttributeError, ValueError) as error:
-            example = "visionattn.attention.SoftmaxAttention"
-            raise ValueError(f"mixer {mixer!r} cannot be imported: {error}; a class path is {example!r}") from error
+            found = getattr(import_module(module), name) if module else short_names()[name]
+        except (ImportError, AttributeError, KeyError) as error:
+            example = f"'visionattn.attention.SoftmaxAttention'; short names are {', '.join(short_names())}"
+            raise ValueError(f"mixer {mixer!r} cannot be imported: {error}; a class path is {example}") from error
     if not callable(found):
         raise ValueError(f"mixer must be a class, a function or a class path, got {mixer!r}")
     return found
+
+
+def short_names() -> dict[str, type[nn.Module]]:
+    """The layers that ``visionattn.attention`` exports under a ``short_name`` of their own."""
+    classes = vars(import_module("visionattn.attention")).values()
+    return {cls.short_name: cls for cls in classes if isinstance(cls, type) and vars(cls).get("short_name")}

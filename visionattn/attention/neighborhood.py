@@ -43,6 +43,8 @@ class NeighborhoodAttention(nn.Module):
         ValueError: If an argument is not one of the allowed.
     """
 
+    short_name = "neighborhood"
+
     def __init__(
         self,
         dim: int,

@@ -37,7 +37,8 @@ class SelfAttention(nn.Module):
         self.proj = Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """Mix a map or a sequence; ``size``, which a ``Mixer`` is told with a sequence, makes no difference."""
         return self._mix(x)
 
     def _mix(self, x: Tensor) -> Tensor:
@@ -67,6 +68,9 @@ class SoftmaxAttention(SelfAttention):
 
 class SoftmaxMixer(Mixer):
     """``SoftmaxAttention`` as a host calls it, with prefix tokens and norms folded into it. Arguments of ``Mixer``."""
+
+    short_name = "softmax"
+    uses_map = False
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, H: int, W: int, context: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(self.heads(q), self.heads(k), self.heads(v)).transpose(1, 2).flatten(2)

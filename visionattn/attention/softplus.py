@@ -25,6 +25,8 @@ class SoftplusAttention(SelfAttention):
         proj_drop: Dropout of the output.
     """
 
+    short_name = "softplus"
+
     def __init__(
         self,
         dim: int,

@@ -38,6 +38,8 @@ class SelectiveAttention(SelfAttention):
         proj_drop: Dropout of the output.
     """
 
+    short_name = "selective"
+
     def __init__(
         self,
         dim: int,

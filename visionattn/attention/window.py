@@ -31,6 +31,8 @@ class WindowAttention(Mixer):
         ValueError: If ``window_size`` is not positive.
     """
 
+    short_name = "window"
+
     def __init__(
         self,
         dim: int,

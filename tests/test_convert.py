@@ -1,0 +1,284 @@
+"""Models of timm with mixers of this library: the same function where it is the same, and everything that works."""
+
+import warnings
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import visionattn  # noqa: F401
+from tests.parity import relative_error
+from visionattn.attention import (
+    AgentAttention,
+    LinearAttention,
+    Mixer,
+    SoftmaxAttention,
+)
+from visionattn.attention.hedgehog import transfer
+from visionattn.attention.mixer import short_names
+from visionattn.blocks import Linear
+from visionattn.convert import replace_attention
+
+VIT = dict(img_size=64, embed_dim=16, depth=3, num_heads=2, num_classes=5)
+SWIN = dict(img_size=64, embed_dim=8, depths=(2, 2), num_heads=(2, 4), window_size=4, num_classes=5)
+GLOBAL = ["agent", "inline", "flatten", "slab", "hedgehog", "softplus", "selective", "flow"]
+
+
+def randomize_(model: nn.Module) -> nn.Module:
+    """Biases, tables and tokens off their neutral initial values."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator), alpha=0.1)
+    return model.eval()
+
+
+def vit(name: str = "vit_tiny_patch16_224", **kwargs) -> nn.Module:
+    torch.manual_seed(0)
+    return randomize_(timm.create_model(name, **{**VIT, **kwargs}))
+
+
+def swin(**kwargs) -> nn.Module:
+    torch.manual_seed(0)
+    return randomize_(timm.create_model("swin_tiny_patch4_window7_224", **{**SWIN, **kwargs}))
+
+
+def swapped(model: nn.Module, mixer="agent", **kwargs) -> nn.Module:
+    torch.manual_seed(1)
+    replace_attention(model, mixer, **kwargs)
+    return model
+
+
+def image(*size: int, batch: int = 2) -> torch.Tensor:
+    return torch.randn(batch, 3, *(size or (64, 64)), generator=torch.Generator().manual_seed(2))
+
+
+class Where(Mixer):
+    """Tells which map it was told, and where its prefix ends."""
+
+    def attend(self, q, k, v, H, W, context):
+        self.told = (H, W)
+        map = self.map(v, H, W).roll(1, 1).flatten(1, 2)
+        return torch.cat([v[:, : self.num_prefix_tokens], map], 1)
+
+
+# --- the same function -----------------------------------------------------------------------------------------------
+
+VITS = {
+    "class token": dict(),
+    "distilled": dict(name="deit_small_distilled_patch16_224"),
+    "registers, layer scale": dict(name="vit_small_patch14_reg4_dinov2", img_size=56),
+    "no class token": dict(name="vit_base_patch16_gap_224"),
+    "no class token but registers": dict(class_token=False, reg_tokens=2, global_pool="avg"),
+    "no bias": dict(qkv_bias=False, proj_bias=False),
+    "norm before": dict(name="vit_base_patch16_clip_224"),
+    "tokens without position": dict(no_embed_class=True),
+    "dropout and stochastic depth": dict(proj_drop_rate=0.2, drop_path_rate=0.2),
+    "oblong": dict(img_size=(48, 80)),
+}
+
+
+@pytest.mark.parametrize("mixer", ["softmax", SoftmaxAttention])
+@pytest.mark.parametrize("kwargs", VITS.values(), ids=VITS)
+def test_softmax_leaves_a_vit_as_it_is(kwargs, mixer):
+    model = vit(**kwargs)
+    x = image(*model.patch_embed.img_size)
+    before, names = model(x), list(model.state_dict())
+    parameters = dict(model.named_parameters())
+    report = replace_attention(model, mixer)
+    assert report.exact and not report.new and not report.dropped and not report.warnings
+    assert report.replaced == ("blocks.0.attn", "blocks.1.attn", "blocks.2.attn")
+    assert relative_error(model(x), before) < 1e-5
+    assert sorted(model.state_dict()) == sorted(names)
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_gradients_and_dropout_are_those_of_the_original(mode):
+    def step(model):
+        torch.manual_seed(3)
+        model.train(mode == "train")(image()).square().sum().backward()
+        return {name: p.grad for name, p in model.named_parameters()}
+
+    # Window attention drops out on the map, not by window, hence other numbers.
+    for model, mixer in (
+        (vit(proj_drop_rate=0.2, drop_path_rate=0.2), "softmax"),
+        (swin(drop_path_rate=0.2), "window"),
+    ):
+        expected = step(model)
+        model.zero_grad()
+        found = step(swapped(model, mixer))
+        for name, grad in found.items():
+            torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+SWINS = {
+    "at home": (dict(), (64, 64)),
+    "windows larger than the map": (dict(window_size=99), (64, 64)),
+    "a map that is no multiple": (dict(img_size=72), (72, 72)),
+    "always in windows": (dict(img_size=24, always_partition=True, window_size=5), (24, 24)),
+    "any size, odd": (dict(strict_img_size=False), (100, 76)),
+    "any size, small": (dict(strict_img_size=False), (12, 60)),
+    "any size, oblong": (dict(dynamic_img_size=True, img_size=(64, 96)), (128, 40)),
+    "windows by stage": (dict(window_size=((3, 3), (5, 5))), (64, 64)),
+    "no bias": (dict(qkv_bias=False), (64, 64)),
+}
+
+
+@pytest.mark.parametrize("case", SWINS)
+def test_windows_leave_a_swin_as_it_is(case):
+    kwargs, size = SWINS[case]
+    model = swin(**kwargs)
+    x = image(*size)
+    before, state = model(x), model.state_dict()
+    report = replace_attention(model, "window")
+    assert report.exact and not report.new and not report.dropped
+    assert any("relative_position_bias_table" in name for name in report.kept)
+    assert relative_error(model(x), before) < 1e-5
+    assert model.state_dict().keys() == state.keys()
+
+
+@pytest.mark.parametrize("sizes", [dict(img_size=96), dict(img_size=(96, 64), window_size=4), dict(window_size=8)])
+def test_set_input_size_after_the_swap(sizes):
+    theirs, ours = swin(), swapped(swin(), "window")
+    both = [theirs, ours, swapped(swin(), "agent")]
+    for model in both:
+        model.set_input_size(**sizes)
+    x = image(*theirs.patch_embed.img_size)
+    assert relative_error(ours(x), theirs(x)) < 1e-5
+    assert both[2](x).shape == (2, 5)
+    model = swapped(vit(), Where)
+    model.set_input_size(img_size=(48, 96))
+    model(image(48, 96))
+    assert model.blocks[2].attn.told == (3, 6)
+
+
+@pytest.mark.parametrize(
+    ("name", "mixer"),
+    [
+        ("deit_small_patch16_224", "softmax"),
+        ("swin_tiny_patch4_window7_224", "window"),
+        ("vit_base_patch16_224", "softmax"),
+    ],
+)
+def test_published_models_keep_their_logits(name, mixer):
+    model = timm.create_model(name).eval()
+    x = image(224, 224, batch=1)
+    with torch.no_grad():
+        before = model(x)
+        report = replace_attention(model, mixer, linear=True)
+        assert report.exact and len(report.replaced) == 12
+        assert relative_error(model(x), before) < 1e-5
+    assert sum(isinstance(m, Linear) for m in model.modules()) >= 48
+
+
+# --- other mixers ----------------------------------------------------------------------------------------------------
+
+BODIES = {
+    "vit": vit,
+    "vit without class token": lambda: vit("vit_base_patch16_gap_224"),
+    "vit of any size": lambda: vit(dynamic_img_size=True),
+    "swin": swin,
+    "swin of any size": lambda: swin(strict_img_size=False),
+}
+
+
+@pytest.mark.parametrize("mixer", GLOBAL)
+@pytest.mark.parametrize("body", BODIES)
+def test_every_mixer_in_every_body(body, mixer):
+    model = BODIES[body]()
+    old = dict(model.named_parameters())
+    report = replace_attention(model, mixer)
+    new = dict(model.named_parameters())
+    assert not report.exact and "another function" in str(report)
+    assert set(report.new) == new.keys() - old.keys() and set(report.dropped) == old.keys() - new.keys()
+    assert all(new[name] is old[name] for name in new.keys() & old.keys())
+    assert {"qkv.weight", "qkv.bias", "proj.weight", "proj.bias"} <= {n.split(".attn.")[-1] for n in report.kept}
+    x = image(*((48, 80) if "any" in body else ()))
+    model.train()(x).sum().backward()
+    assert all(new[name].grad is not None for name in (*report.new, *report.kept))
+    again = swapped(BODIES[body](), mixer)
+    again.load_state_dict(model.state_dict())
+    torch.testing.assert_close(again.eval()(x), model.eval()(x))
+
+
+def test_mixers_that_take_maps_only():
+    for mixer, kwargs in (("window", dict(window_size=3)), ("neighborhood", dict(kernel_size=3))):
+        for make in (lambda: vit("vit_base_patch16_gap_224"), swin):
+            if mixer == "window" and make is swin:
+                continue
+            assert swapped(make(), mixer, mixer_args=kwargs)(image()).shape == (2, 5)
+    linear = swapped(swin(), LinearAttention, mixer_args=dict(gate=False, rotary=False))
+    assert linear(image()).shape == (2, 5)
+    assert swapped(swin(), "cross_shaped", mixer_args=dict(split_size=2))(image()).shape == (2, 5)
+
+
+def test_every_short_name_is_of_a_class_and_documented():
+    assert {"softmax", "window", *GLOBAL} <= short_names().keys()
+    assert "agent" in visionattn.hosts.Swin(mixer="agent", depths=(1,) * 4).stages[0].blocks[0].attn.short_name
+
+
+def test_mixers_are_told_the_map_and_the_prefix():
+    for kwargs, size, prefix in (
+        (dict(img_size=(48, 80)), (3, 5), 1),
+        (dict(name="deit_small_distilled_patch16_224", img_size=(80, 48)), (5, 3), 2),
+        (dict(dynamic_img_size=True), (3, 5), 1),
+        (dict(dynamic_img_size=True, dynamic_img_pad=True), (3, 5), 1),
+    ):
+        model = swapped(vit(**kwargs), Where)
+        model(image(*(16 * n - 3 * ("dynamic_img_pad" in kwargs) for n in size)))
+        assert all(block.attn.told == size for block in model.blocks)
+        assert model.blocks[0].attn.num_prefix_tokens == prefix
+
+
+def test_first_blocks_by_stage_and_blocks_by_name():
+    def mixed(model):
+        return [name for name, module in model.named_modules() if isinstance(module, AgentAttention)]
+
+    assert mixed(swapped(swin(), mixer_depths=(None, 1))) == [
+        "layers.0.blocks.0.attn",
+        "layers.0.blocks.1.attn",
+        "layers.1.blocks.0.attn",
+    ]
+    assert mixed(swapped(swin(), blocks=r"layers\.1")) == ["layers.1.blocks.0.attn", "layers.1.blocks.1.attn"]
+    model = swapped(vit(), blocks=lambda name: name.endswith("1"))
+    assert mixed(model) == ["blocks.1.attn"]
+    agents = swapped(swin(), mixer_args=[dict(num_agents=4), dict(num_agents=9)]).layers[1].blocks[0].attn.an_bias
+    assert agents.shape[1] == 9
+    report = replace_attention(model, "softmax", mixer_depths=[2])  # the second has one already
+    assert report.replaced == ("blocks.0.attn",) and mixed(model) == ["blocks.1.attn"]
+
+
+def test_hedgehog_learns_from_the_model_that_it_replaces():
+    model = swapped(vit(), "hedgehog")
+    expected = vit()(image())
+    with torch.no_grad():
+        maps = [module for module in model.modules() if hasattr(module, "feature_map_q")]
+    loss = transfer(model, image())
+    loss.backward()
+    assert loss > 0 and all(layer.feature_map_q.mlp.layer.grad is not None for layer in maps)
+    assert expected.shape == model(image()).shape
+
+
+# --- what users do with models ---------------------------------------------------------------------------------------
+
+USED = [(vit, "softmax"), (vit, "agent"), (vit, "slab"), (swin, "window"), (swin, "inline")]
+
+
+@pytest.mark.parametrize(("make", "mixer"), USED)
+def test_compiles_exports_scripts_and_traces(make, mixer):
+    model, x = swapped(make(), mixer), image()
+    expected = model(x)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
+    features = timm.models.create_model("vit_tiny_patch16_224" if make is vit else "swin_tiny_patch4_window7_224",
+                                        features_only=True, **(VIT if make is vit else SWIN)).eval()  # fmt: skip
+    swapped(features, mixer)
+    assert len(features(x)) == (3 if make is vit else 2)
+    with timm.layers.set_scriptable(True), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated, timm's clients still use it
+        scripted = torch.jit.script(swapped(make(), mixer))
+        torch.testing.assert_close(scripted(x), swapped(make(), mixer)(x))
