@@ -270,6 +270,9 @@ GPU_SET = (
     "swin_tiny_patch4_window7_224,deit_small_patch16_224",
     "models van_b2 --device cuda --seconds 3 --candidates plain,plain+channels_last,ours",
     "models nat_tiny --device cuda --seconds 3 --candidates plain,ours,swin_tiny_patch4_window7_224",
+    "layers agent inline flatten slab cross_shaped --device cuda --seconds 0.3 --repeats 30",
+    "models agent_swin_t inline_swin_t flatten_swin_t slab_swin_t --device cuda --seconds 2 --candidates "
+    "plain,ours,swin_tiny_patch4_window7_224",
     "models ravlt_t mavit_t --device cuda --seconds 2 --candidates plain,ours",
     "models van_b0 van_b2 --device cuda --mode infer --batch 1 --seconds 1 --candidates plain,ours",
     "ops depthwise5 depthwise7d3 gated_pointwise --device cuda --seconds 1 --repeats 50 --candidates "
