@@ -105,6 +105,15 @@ def exporting() -> bool:
     return exported or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
 
 
+def transformed() -> bool:
+    """Whether torch.func maps or differentiates, which knows nothing of a custom operator's gradient."""
+    level = getattr(torch._C._functorch, "maybe_current_level", lambda: None)
+    return level() is not None
+
+
+transformed._dynamo_marked_constant = True  # a compiler asks once, while it traces, and cannot look inside
+
+
 def autocasting(x: Tensor) -> bool:
     """Whether autocast is on for the device of ``x``; meta has none, and asking it raises."""
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)

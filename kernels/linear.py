@@ -37,16 +37,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     if not torch.compiler.is_compiling():
         return F.linear(x, weight, bias) if torch.jit.is_tracing() else _product(x, weight, bias)
-    return F.linear(x, weight, bias) if _dispatch.exporting() or _transformed() else _linear(x, weight, bias)
-
-
-def _transformed() -> bool:
-    """Whether torch.func maps or differentiates, which knows nothing of the operator's gradient."""
-    level = getattr(torch._C._functorch, "maybe_current_level", lambda: None)
-    return level() is not None
-
-
-_transformed._dynamo_marked_constant = True  # a compiler asks once, while it traces, and cannot look inside
+    return F.linear(x, weight, bias) if _dispatch.exporting() or _dispatch.transformed() else _linear(x, weight, bias)
 
 
 def _samples(x: Tensor) -> tuple[int, int]:

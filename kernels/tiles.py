@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visionattn.kernels import _dispatch
 from visionattn.kernels.windows import first_seen, window_start
 
 # Measured on the CPU with head dim 32: a tile of n queries costs as much as n + 24 times the keys it sees, and another
@@ -221,8 +222,8 @@ def tables(
 
 def eager(x: Tensor) -> bool:
     """Whether a tensor is a plain one with values: nothing traces, compiles, maps or differentiates by torch.func."""
-    level = getattr(torch._C._functorch, "maybe_current_level", lambda: None)
-    return type(x) is Tensor and level() is None and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return type(x) is Tensor and not recorded and not _dispatch.transformed()
 
 
 def cut(
