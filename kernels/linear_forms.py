@@ -142,6 +142,9 @@ def _row_major(rows: Tensor, columns: Tensor) -> Tensor:
 
 def away_from_zero(x: Tensor, eps: float) -> Tensor:
     """``x`` with a magnitude of at least ``eps``: what a feature map with negative values may need as a divisor."""
+    if not torch.jit.is_scripting():
+        if _linear_eager.runs_in_slices(x) and float(x.amin()) >= eps:
+            return x
     return torch.where(x.abs() < eps, torch.where(x < 0, -eps, eps), x)
 
 
