@@ -75,8 +75,8 @@ def _fastest_focused(x: Tensor, power: float, divisor: Tensor, backend: str | No
     chosen = _dispatch.choose("focused", x, backend, lambda: unsupported(x))
     if chosen == "triton":
         return focused_triton(x, power, divisor)
-    if chosen == "torch" and _linear_eager.runs_in_slices(x):
-        return _linear_eager.focused(x, power, divisor)
+    if chosen == "torch" and x.device.type == "cpu" and x.numel() > 0 and eager(x):
+        return _linear_eager.Focused.apply(x, power, divisor)
     return _focused(x, power, divisor)
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from visionattn.kernels import focused, linear_attention, rotary_tables
-from visionattn.kernels.linear_forms import FEATURE_MAPS, NORMALIZERS, rotate_pairs
+from visionattn.kernels import _linear_eager, focused, linear_attention, rotary_tables
+from visionattn.kernels.linear_forms import FEATURE_MAPS, NORMALIZERS, _focused, rotate_pairs
 
 
 def make(N=13, M=None, h=2, D=8, V=None, B=2, dtype=torch.float64, seed=0):
@@ -318,3 +318,18 @@ def test_bad_arguments_are_named(change, message):
     arguments = dict(q=torch.randn(2, 6, 2, 8), k=torch.randn(2, 6, 2, 8), v=torch.randn(2, 6, 2, 8))
     with pytest.raises(ValueError, match=message):
         linear_attention(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_focused_features_have_the_gradients_of_their_formula(monkeypatch, samples):
+    monkeypatch.setattr(_linear_eager, "SLICE_ELEMENTS", samples * 30)
+    x, scale = torch.randn(3, 5, 2, 3).double(), torch.randn(1, 1, 6).double()
+    inputs = [t.requires_grad_() for t in (x, scale)]
+    for power in (3.0, 2.0):
+        assert torch.autograd.gradcheck(lambda x, s, p=power: focused(x, p, s), inputs)
+        assert torch.autograd.gradgradcheck(lambda x, s, p=power: focused(x, p, s), inputs)
+    half = x.detach().bfloat16().requires_grad_()
+    (grad,) = torch.autograd.grad(focused(half, 3.0, scale).sum(), half)
+    (expected,) = torch.autograd.grad(_focused(half, 3.0, F.softplus(scale).view(2, 3)).sum(), half)
+    assert grad.dtype == torch.bfloat16
+    torch.testing.assert_close(grad, expected)
