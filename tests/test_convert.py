@@ -1,5 +1,7 @@
 """Models of timm with mixers of this library: the same function where it is the same, and everything that works."""
 
+import copy
+import pickle
 import warnings
 
 import pytest
@@ -263,22 +265,220 @@ def test_hedgehog_learns_from_the_model_that_it_replaces():
 
 # --- what users do with models ---------------------------------------------------------------------------------------
 
+TINY_VIT, TINY_SWIN = dict(depth=1), dict(depths=(2,), num_heads=(2,))
 USED = [(vit, "softmax"), (vit, "agent"), (vit, "slab"), (swin, "window"), (swin, "inline")]
 
 
 @pytest.mark.parametrize(("make", "mixer"), USED)
-def test_compiles_exports_scripts_and_traces(make, mixer):
-    model, x = swapped(make(), mixer), image()
+def test_compiles_exports_and_scripts(make, mixer):
+    small = TINY_VIT if make is vit else TINY_SWIN
+    model, x = swapped(make(**small), mixer), image()
     expected = model(x)
     torch.compiler.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
-    features = timm.models.create_model("vit_tiny_patch16_224" if make is vit else "swin_tiny_patch4_window7_224",
-                                        features_only=True, **(VIT if make is vit else SWIN)).eval()  # fmt: skip
-    swapped(features, mixer)
-    assert len(features(x)) == (3 if make is vit else 2)
     with timm.layers.set_scriptable(True), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TorchScript is deprecated, timm's clients still use it
-        scripted = torch.jit.script(swapped(make(), mixer))
-        torch.testing.assert_close(scripted(x), swapped(make(), mixer)(x))
+        scripted = torch.jit.script(swapped(make(**small), mixer))
+        torch.testing.assert_close(scripted(x), swapped(make(**small), mixer)(x))
+
+
+@pytest.mark.parametrize(
+    ("make", "mixer"), [(lambda: vit(dynamic_img_size=True), "agent"), (vit, "slab"), (swin, "agent")]
+)
+def test_copies_and_pickles_live_by_themselves(make, mixer):
+    model, x = swapped(make(), mixer), image()
+    expected = model(x)
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    copies.append(copy.deepcopy(copies[0]))
+    for other in copies:
+        with torch.no_grad():
+            for p in model.parameters():
+                p.zero_()
+        torch.testing.assert_close(other(x), expected)
+        assert other.state_dict().keys() == model.state_dict().keys()
+    model.set_input_size(img_size=(48, 96))
+    assert model(image(48, 96)).shape == (2, 5)
+    torch.testing.assert_close(copies[0](x), expected)  # whose grid is its own
+
+
+def test_dynamic_sizes_compile_export_and_change():
+    model = swapped(vit(dynamic_img_size=True, depth=1), Where)
+    sizes = [(48, 80), (80, 48), (32, 96)]
+    expected = [model(image(*size)) for size in sizes]
+    for dynamic in (None, True):
+        torch.compiler.reset()
+        compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend="eager")
+        for size, y in zip(sizes[: 3 if dynamic else 1], expected, strict=False):
+            torch.testing.assert_close(compiled(image(*size)), y, rtol=1e-4, atol=1e-5)
+    exported = torch.export.export(model, (image(*sizes[0]),)).module()
+    torch.testing.assert_close(exported(image(*sizes[0])), expected[0])
+    torch.testing.assert_close(copy.deepcopy(model)(image(*sizes[1])), expected[1])
+
+
+@pytest.mark.parametrize("make", [vit, swin], ids=["vit", "swin"])
+def test_gradient_checkpointing_changes_nothing(make):
+    model, x = swapped(make(drop_path_rate=0.0), "agent").train(), image()
+    grads = []
+    for enable in (False, True):
+        model.zero_grad()
+        model.set_grad_checkpointing(enable)
+        model(x).sum().backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(*grads)
+
+
+def test_recomputed_activations_are_those_of_their_own_map():
+    model = swapped(vit(dynamic_img_size=True), Where).train()
+    several = [image(48, 80), image(64, 64), image(80, 80)]
+
+    def grads(images, checkpointing):
+        model.zero_grad()
+        model.set_grad_checkpointing(checkpointing)
+        losses = [model(x).square().sum() for x in images]
+        with torch.no_grad():
+            model(image(96, 32))  # an evaluation in between
+        sum(losses).backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    torch.testing.assert_close(grads(several, True), grads(several, False))
+    for size in ((48, 80), (80, 48), (48, 80)):  # one after the other
+        assert any(grad.any() for grad in grads([image(*size)], True))
+    with pytest.raises(RuntimeError, match=r"\(3, 5\), \(5, 3\)"):
+        grads([image(48, 80), image(80, 48)], True)
+
+
+def test_features_and_intermediates_and_heads():
+    model, x = swapped(vit()), image()
+    final, maps = model.forward_intermediates(x, indices=[0, 2])
+    torch.testing.assert_close(final, model.forward_features(x))
+    assert [tuple(m.shape) for m in maps] == [(2, 16, 4, 4)] * 2
+    pruned = copy.deepcopy(model)
+    pruned.prune_intermediate_layers(1)
+    torch.testing.assert_close(pruned.forward_intermediates(x, 1, intermediates_only=True)[0], maps[1])
+    model.reset_classifier(7)
+    assert model(x).shape == (2, 7)
+    body = timm.create_model("swin_tiny_patch4_window7_224", features_only=True, **SWIN)
+    assert "layers_0.blocks.1.attn" in replace_attention(body, "window").replaced
+    getter = timm.create_model("vit_tiny_patch16_224", features_only=True, **VIT)
+    assert replace_attention(getter, "agent").replaced[0] == "model.blocks.0.attn" and len(getter(x)) == 3
+    graph = timm.create_model("vit_tiny_patch16_224", features_only=True, feature_cls="fx", **VIT)
+    with pytest.raises(ValueError, match="no attention to replace"):
+        replace_attention(graph, "agent")  # a graph has no blocks
+
+
+@pytest.mark.parametrize(("make", "mixer"), [(vit, "softmax"), (vit, "agent"), (swin, "window")])
+def test_traces_to_a_graph(make, mixer):
+    model, x = swapped(make(), mixer), image()
+    (found,) = timm.models.FeatureGraphNet(model, out_indices=(1,))(x)
+    seen = []
+    block = model.get_submodule("blocks.1" if make is vit else "layers.1")
+    block.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    model(x)
+    torch.testing.assert_close(found, seen[0])
+
+
+@pytest.mark.parametrize("make", [vit, swin], ids=["vit", "swin"])
+def test_devices_dtypes_modes_and_frozen_weights_stay(make):
+    assert all(p.is_meta for p in swapped(make().to("meta")).parameters())
+    half = swapped(make().to(torch.bfloat16))
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    assert half(image().bfloat16()).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert swapped(make())(image()).isfinite().all()
+    frozen = make().requires_grad_(False).train()
+    report = replace_attention(frozen, "agent")
+    assert {name for name, p in frozen.named_parameters() if p.requires_grad} == set(report.new)
+    assert all(module.training for module in frozen.modules())
+    assert not any(module.training for module in swapped(make()).modules())
+
+
+# --- what cannot be replaced -----------------------------------------------------------------------------------------
+
+
+def hooked():
+    model = vit()
+    model.blocks[1].attn.proj.register_forward_hook(lambda *_: None)
+    return model
+
+
+def gated():
+    model = vit()
+    model.blocks[1].attn.gate = nn.Linear(16, 16)
+    return model
+
+
+def rescaled():
+    model = vit()
+    model.blocks[2].attn.scale = 0.1
+    return model
+
+
+def lora():
+    model = vit()
+    model.blocks[2].attn.qkv = nn.utils.parametrizations.weight_norm(model.blocks[2].attn.qkv)
+    return model
+
+
+IMPOSSIBLE = {
+    "query norm": (lambda: vit(qk_norm=True), "softmax", "no q_norm.*blocks.0"),
+    "norm of the output": (lambda: vit(scale_attn_norm=True), "agent", "no norm.*blocks.0"),
+    "gate": (gated, "agent", "no gate.*blocks.1"),
+    "dropout of weights": (lambda: vit(attn_drop_rate=0.1), "softmax", "attn_drop.p = 0.1"),
+    "dropout of weights, swin": (lambda: swin(attn_drop_rate=0.1), "window", "attn_drop.p = 0.1"),
+    "difference of attentions": (lambda: vit(attn_layer="diff"), "softmax", "DiffAttention"),
+    "width of heads": (lambda: swin(head_dim=8), "window", "2 heads have 16 channels together, not 8"),
+    "scale": (rescaled, "softmax", "scale is 0.1.*blocks.2"),
+    "hooks": (hooked, "softmax", "hooks.*blocks.1"),
+    "not a plain layer": (lora, "softmax", "qkv is Parametrized.*blocks.2"),
+    "rotary embedding": (lambda: vit("vit_small_patch16_rope_224"), "softmax", "it has .*Attention"),
+    "swin v2": (lambda: timm.create_model("swinv2_tiny_window8_256", depths=(1, 1)), "window", "it has Window"),
+    "no attention": (lambda: timm.create_model("resnet18"), "softmax", "none that is called so"),
+    "a model of ours": (lambda: visionattn.hosts.DeiT(depth=1), "agent", "take mixer="),
+    "prefix tokens": (vit, "window", "WindowAttention takes maps only, not the 1 prefix"),
+    "patches left out": (lambda: vit(patch_drop_rate=0.5), "agent", "patch_drop"),
+    "other projections": (swin, "visionattn.attention.HiLoAttention", "HiLoAttention cannot keep.*qkv.*NoneType"),
+    "gated projections": (swin, LinearAttention, r"cannot keep.*\[24, 8\].*\[32, 8\]"),
+    "arguments of the model": (vit, ("agent", dict(num_prefix_tokens=3)), "leave num_prefix_tokens to the model"),
+    "arguments of the window": (swin, ("window", dict(window_size=3)), "leave window_size to the model"),
+    "oblong windows": (lambda: swin(window_size=(4, 8)), "window", r"\(4, 8\)"),
+    "windows shifted along one axis": (lambda: swin(img_size=(16, 64)), "window", r"shifted by \(0, 2\)"),
+    "unknown mixer": (vit, "attention", "short names are .*agent"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_what_cannot_be_replaced_raises_and_nothing_has_changed(case):
+    make, mixer, message = IMPOSSIBLE[case]
+    mixer, mixer_args = mixer if isinstance(mixer, tuple) else (mixer, None)
+    model = make()
+    before = {name: (type(m), m) for name, m in model.named_modules()}
+    with pytest.raises(ValueError, match=message):
+        replace_attention(model, mixer, mixer_args=mixer_args, linear=True)
+    assert {name: (type(m), m) for name, m in model.named_modules()} == before
+
+
+def test_choices_that_do_not_fit_raise():
+    with pytest.raises(ValueError, match="choose none of blocks.0, blocks.1, blocks.2"):
+        replace_attention(vit(), "agent", blocks="layers")
+    with pytest.raises(ValueError, match="choose none"):
+        replace_attention(swapped(vit()), "agent")
+    with pytest.raises(ValueError, match="mixer_depths.*one entry a stage, 2"):
+        replace_attention(swin(), "agent", mixer_depths=(1, 1, 1))
+    with pytest.raises(ValueError, match=r"blocks must be a regular expression, got '\('"):
+        replace_attention(vit(), "agent", blocks="(")
+    with pytest.raises(ValueError, match="blocks must be a regular expression or a function"):
+        replace_attention(vit(), "agent", blocks=3)
+
+
+def test_tokens_and_masks_that_do_not_fit_raise():
+    model = swapped(vit())
+    with pytest.raises(ValueError, match=r"1 \+ 4 \* 4 tokens, got 16"):
+        model.blocks(torch.randn(1, 16, 16))
+    with pytest.raises(ValueError, match="attn_mask and is_causal"):
+        model(image(), is_causal=True)
+    with pytest.raises(ValueError, match=r"windows of \(6, 4\)"):
+        swapped(swin(), "window").set_input_size(img_size=(96, 64))
+    with pytest.raises(ValueError, match="TorchScript needs a model of one image size"):
+        torch.jit.script(swapped(vit(dynamic_img_size=True)))

@@ -77,6 +77,14 @@ def checked(x: Tensor, prefix: int, rows: int, columns: int) -> Tensor:
     return x
 
 
+@register_notrace_function  # a traced graph has masks as inputs
+def unmasked(x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+    """The tokens, if there is no mask."""
+    if attn_mask is not None or is_causal:
+        raise ValueError("attn_mask and is_causal are not supported by a mixer, which sees every token")
+    return x
+
+
 class TokenBlock(Block):
     """timm's ViT block with a mixer that takes prefix tokens and map as one sequence. Made by ``become``."""
 
@@ -109,8 +117,7 @@ class TokenBlock(Block):
         Raises:
             ValueError: If there is a mask, or the tokens are not those of the map.
         """
-        if attn_mask is not None or is_causal:
-            raise ValueError("attn_mask and is_causal are not supported by a mixer, which sees every token")
+        x = unmasked(x, attn_mask, is_causal)
         x = x + self.drop_path1(self.ls1(self.mix(self.norm1(x))))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
