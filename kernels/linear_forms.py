@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visionattn.kernels import _dispatch, _linear_eager
+from visionattn.kernels import _dispatch, _linear_eager, _rotate_op
 from visionattn.kernels._focused_triton import focused_triton, unsupported
 from visionattn.kernels.tiles import eager
 
@@ -100,6 +100,8 @@ def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if torch.jit.is_scripting():
         return _rotate_parts(x, cos, sin)
     else:
+        if _rotate_op.suits_compiler(x, cos, sin):
+            return _rotate_op.rotate_op(x, cos, sin)
         return _linear_eager.rotate_pairs(x, cos, sin) if eager(x) else _rotate_parts(x, cos, sin)
 
 
