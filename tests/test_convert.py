@@ -422,16 +422,16 @@ def lora():
 
 
 IMPOSSIBLE = {
-    "query norm": (lambda: vit(qk_norm=True), "softmax", "no q_norm.*blocks.0"),
-    "norm of the output": (lambda: vit(scale_attn_norm=True), "agent", "no norm.*blocks.0"),
-    "gate": (gated, "agent", "no gate.*blocks.1"),
+    "query norm": (lambda: vit(qk_norm=True), "softmax", r"blocks.0.attn: it has a q_norm.*and 5 more"),
+    "norm of the output": (lambda: vit(scale_attn_norm=True), "agent", "blocks.0.attn: it has a norm"),
+    "gate": (gated, "agent", "blocks.1.attn: it has a gate"),
     "dropout of weights": (lambda: vit(attn_drop_rate=0.1), "softmax", "attn_drop.p = 0.1"),
     "dropout of weights, swin": (lambda: swin(attn_drop_rate=0.1), "window", "attn_drop.p = 0.1"),
     "difference of attentions": (lambda: vit(attn_layer="diff"), "softmax", "DiffAttention"),
-    "width of heads": (lambda: swin(head_dim=8), "window", "2 heads have 16 channels together, not 8"),
-    "scale": (rescaled, "softmax", "scale is 0.1.*blocks.2"),
-    "hooks": (hooked, "softmax", "hooks.*blocks.1"),
-    "not a plain layer": (lora, "softmax", "qkv is Parametrized.*blocks.2"),
+    "width of heads": (lambda: swin(head_dim=8), "window", "its 2 heads have 16 channels together, not 8"),
+    "scale": (rescaled, "softmax", "blocks.2.attn: scale is 0.1"),
+    "hooks": (hooked, "softmax", "blocks.1.attn: its hooks"),
+    "not a plain layer": (lora, "softmax", "blocks.2.attn: qkv is Parametrized"),
     "rotary embedding": (lambda: vit("vit_small_patch16_rope_224"), "softmax", "it has .*Attention"),
     "swin v2": (lambda: timm.create_model("swinv2_tiny_window8_256", depths=(1, 1)), "window", "it has Window"),
     "no attention": (lambda: timm.create_model("resnet18"), "softmax", "none that is called so"),
@@ -442,8 +442,8 @@ IMPOSSIBLE = {
     "gated projections": (swin, LinearAttention, r"cannot keep.*\[24, 8\].*\[32, 8\]"),
     "arguments of the model": (vit, ("agent", dict(num_prefix_tokens=3)), "leave num_prefix_tokens to the model"),
     "arguments of the window": (swin, ("window", dict(window_size=3)), "leave window_size to the model"),
-    "oblong windows": (lambda: swin(window_size=(4, 8)), "window", r"\(4, 8\)"),
-    "windows shifted along one axis": (lambda: swin(img_size=(16, 64)), "window", r"shifted by \(0, 2\)"),
+    "oblong windows": (lambda: swin(window_size=(4, 8)), "window", r"blocks.0.attn: windows of \(4, 8\)"),
+    "windows shifted along one axis": (lambda: swin(img_size=(16, 64)), "window", r"1.attn.*shifted by \(0, 2\)"),
     "unknown mixer": (vit, "attention", "short names are .*agent"),
 }  # fmt: skip
 

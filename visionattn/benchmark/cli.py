@@ -14,6 +14,7 @@ from typing import NoReturn
 import timm
 import torch
 
+from visionattn.benchmark.converted import CONVERTED
 from visionattn.benchmark.figures import draw_growth
 from visionattn.benchmark.layers import LAYERS, layer_case
 from visionattn.benchmark.measure import copy_bandwidth, one_line
@@ -165,7 +166,7 @@ def _model_cases(args: argparse.Namespace, batch: int, candidates: list[str] | N
     names = _known("model", args.names or ["van_b0", "van_b2"], known)
     _check_plot(args, names)
     candidates = candidates or (["ours"] if args.features else list(DEFAULT_CANDIDATES))
-    _known("candidate", [parse_candidate(c)[0] for c in candidates], ["plain", "ours", *known])
+    _known("candidate", [parse_candidate(c)[0] for c in candidates], ["plain", "ours", *CONVERTED, *known])
     sizes = [_positive(int)(size) for size in _comma_list(args.img_size)]
     device, dtype = torch.device(args.device), DTYPES[args.dtype]
     options = (batch, device, dtype, candidates, args.amp, args.features)

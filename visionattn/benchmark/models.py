@@ -1,7 +1,8 @@
 """Whole models to measure: the library's against a plain composition of the same modules, and timm's beside them.
 
 A candidate is written ``network[+channels_last][+compile]``, where the network is ``plain``, ``ours`` or the name of
-any timm model, which is then measured on the same images but not compared.
+any timm model, which is then measured on the same images but not compared. Of a ViT or Swin of timm there are ``timm``,
+``converted`` with the library's attention in it, and ``converted_linear`` with the library's linear layers as well.
 """
 
 import sys
@@ -22,6 +23,7 @@ from visionattn.benchmark import (
     plain_swin,
     plain_van,
 )
+from visionattn.benchmark.converted import CONVERTED, convert
 from visionattn.benchmark.ops import parse_candidate
 from visionattn.benchmark.runner import Candidate, Case, Workload
 
@@ -118,6 +120,8 @@ def _network(name: str, who: str, img_size: int, features: bool) -> nn.Module:
         plain, ours = plain_and_ours(name, img_size)
         return plain if who == "plain" else ours
     torch.manual_seed(0)
+    if who in CONVERTED:
+        return convert(randomize_(_create(name, img_size, drop_path_rate=0.0)), who)  # nothing random
     return _create(name if who == "ours" else who, img_size)
 
 
@@ -159,7 +163,7 @@ def _workload(
         gradients=lambda: _gradients(model, rename),
         eager=partial(under_amp, model) if amp else model,
         items=shape[0],
-        comparable=who in ("plain", "ours"),
+        comparable=who in ("plain", "ours", *CONVERTED),
     )
 
 

@@ -76,8 +76,8 @@ class _Maker:
         self.sequence = whole and issubclass(self.source, SelfAttention)  # of any shape
         self.mixer = not whole or issubclass(self.source, Mixer)
         self.window = whole and issubclass(self.source, WindowAttention)
-        self.uses_map = getattr(self.source, "uses_map", not self.sequence)
         self.takes_prefix = self.sequence or (self.mixer and self._takes("num_prefix_tokens"))
+        self.needs_size = getattr(self.source, "uses_map", not self.sequence) or not self.takes_prefix
 
     def _takes(self, name: str) -> bool:
         parameters = inspect.signature(self.source).parameters.values()
@@ -128,18 +128,24 @@ class _Maker:
 
     def problems(self, site: _Site) -> Iterator[str]:
         """Why it cannot take the place of the attention there."""
+        name = _name(self.source)
         if site.swin:
+            if self.window:
+                try:
+                    window_arguments(site.block)
+                except ValueError as error:
+                    yield str(error)
             return
         if not self.takes_prefix and site.prefix:
-            yield f"{_name(self.source)} takes maps only, not the {site.prefix} prefix tokens of"
-        if not self.uses_map and self.takes_prefix:
+            yield f"{name} takes maps only, not the {site.prefix} prefix tokens"
+        if not self.needs_size:
             return
         if site.vit is None:
-            yield f"{_name(self.source)} needs rows and columns of the map, which no VisionTransformer tells to"
+            yield f"{name} needs rows and columns of the map, which are known in a VisionTransformer only"
         elif site.size is None:
-            yield "there is no fixed grid of patches in the model of"
+            yield f"{name} needs rows and columns of the map, and patch_embed.grid_size is None"
         elif isinstance(site.vit.patch_drop, PatchDropout) and site.vit.patch_drop.prob > 0:
-            yield "patch_drop leaves holes in the map of"
+            yield f"{name} needs the whole map, of which patch_drop leaves patches out"
 
     def apply(self, site: _Site, mixer: nn.Module) -> None:
         """Put a mixer into its block."""
@@ -147,7 +153,7 @@ class _Maker:
             MapBlock.become(site.block, mixer)
             return
         sizes = None
-        if self.uses_map or not self.takes_prefix:
+        if self.needs_size:
             known = (block.sizes for block in site.vit.blocks if isinstance(block, TokenBlock))
             sizes = next((found for found in known if found is not None), None) or MapSize(site.vit.patch_embed)
         (TokenBlock if self.takes_prefix else GridBlock).become(site.block, mixer, site.prefix, sizes)
@@ -208,7 +214,10 @@ def replace_attention(
         raise ValueError(
             f"blocks = {blocks!r} and mixer_depths = {mixer_depths!r} choose none of {names} without mixer"
         )
-    _raise(f"{problem} {site.name}" for site, maker in pairs for problem in [*_problems(site), *maker.problems(site)])
+    problems = [f"{s.name}.attn: {text}" for s, maker in pairs for text in [*_problems(s), *maker.problems(s)]]
+    if problems:
+        more = f"; and {len(problems) - 1} more of such" if len(problems) > 1 else ""
+        raise ValueError(f"nothing is replaced, {problems[0]}{more}")
     new_mixers = [maker.build(site) for site, maker in pairs]
 
     before = {name: p for site, _ in pairs for name, p in _named(site, site.attn)}
@@ -243,34 +252,27 @@ def _sites(model: nn.Module) -> Iterator[_Site]:
 
 
 def _problems(site: _Site) -> Iterator[str]:
-    """Why the attention of a block cannot be replaced; each reads on with the name of the block."""
+    """Why the attention of a block cannot be replaced."""
     attn = site.attn
     if type(attn) is not (TimmWindowAttention if site.swin else Attention):
-        yield f"{_name(type(attn))} is no attention that can be replaced, in"
+        yield f"no mixer takes the place of {_name(type(attn))}"
         return
     for name, part in attn.named_children():
         if name not in PARTS and not isinstance(part, nn.Identity):
-            yield f"a mixer has no {name}, unlike the attention of"
+            yield f"it has a {name}, and mixers have none"
     if attn.attn_drop.p > 0:
-        yield f"a mixer drops no attention weights; set attn_drop.p = {attn.attn_drop.p} to 0 in the attention of"
+        yield f"attn_drop.p = {attn.attn_drop.p}, and mixers drop no attention weights; set it to 0"
     for name in ("qkv", "proj"):
         if type(getattr(attn, name)) not in (nn.Linear, Linear):
-            yield f"{name} is {_name(type(getattr(attn, name)))}, no plain nn.Linear, in the attention of"
+            yield f"{name} is {_name(type(getattr(attn, name)))}, no plain nn.Linear"
             return
     dim, heads = attn.qkv.in_features, attn.num_heads
     if attn.qkv.out_features != 3 * dim or attn.proj.in_features != dim or attn.proj.out_features != dim:
-        yield f"{heads} heads have {attn.qkv.out_features // 3} channels together, not {dim}, in the attention of"
+        yield f"its {heads} heads have {attn.qkv.out_features // 3} channels together, not {dim}"
     elif abs(attn.scale * (dim // heads) ** 0.5 - 1) > 1e-6:
-        yield f"scale is {attn.scale}, not head dim ** -0.5, in the attention of"
+        yield f"scale is {attn.scale}, not head dim ** -0.5"
     if any(getattr(part, hooks) for part in attn.modules() for hooks in HOOKS):
-        yield "hooks would be lost of the attention of"
-
-
-def _raise(problems: Iterator[str]) -> None:
-    found = list(problems)
-    if found:
-        more = f" (and {len(found) - 1} more of such)" if len(found) > 1 else ""
-        raise ValueError(f"nothing is replaced: {found[0]}{more}")
+        yield "its hooks would be lost"
 
 
 def _predicate(blocks: str | Callable[[str], bool] | None) -> Callable[[str], object]:
