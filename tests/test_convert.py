@@ -19,6 +19,7 @@ from visionattn.attention import (
 )
 from visionattn.attention.hedgehog import transfer
 from visionattn.attention.mixer import short_names
+from visionattn.benchmark.converted import CONVERTED, convert
 from visionattn.blocks import Linear
 from visionattn.convert import replace_attention
 
@@ -175,6 +176,16 @@ def test_published_models_keep_their_logits(name, mixer):
     assert sum(isinstance(m, Linear) for m in model.modules()) >= 48
 
 
+@pytest.mark.parametrize("make", [vit, swin], ids=["vit", "swin"])
+def test_what_the_benchmark_compares_is_the_same_model(make):
+    x = image()
+    for candidate, linear in CONVERTED.items():
+        model = convert(make(), candidate)
+        assert relative_error(model(x), make()(x)) < 1e-5
+        layers = [type(m) is Linear for m in model.modules() if isinstance(m, nn.Linear)]
+        assert all(layers) if linear else any(layers) is (linear is not None)
+
+
 # --- other mixers ----------------------------------------------------------------------------------------------------
 
 BODIES = {
@@ -282,6 +293,14 @@ def test_compiles_exports_and_scripts(make, mixer):
         warnings.simplefilter("ignore")  # TorchScript is deprecated, timm's clients still use it
         scripted = torch.jit.script(swapped(make(**small), mixer))
         torch.testing.assert_close(scripted(x), swapped(make(**small), mixer)(x))
+
+
+def test_scripts_after_set_input_size():
+    with timm.layers.set_scriptable(True), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = swapped(vit(depth=1), "slab")
+        model.set_input_size(img_size=(48, 96))
+        torch.testing.assert_close(torch.jit.script(model)(image(48, 96)), model(image(48, 96)))
 
 
 @pytest.mark.parametrize(
@@ -434,6 +453,8 @@ IMPOSSIBLE = {
     "not a plain layer": (lora, "softmax", "blocks.2.attn: qkv is Parametrized"),
     "rotary embedding": (lambda: vit("vit_small_patch16_rope_224"), "softmax", "it has .*Attention"),
     "swin v2": (lambda: timm.create_model("swinv2_tiny_window8_256", depths=(1, 1)), "window", "it has Window"),
+    "blocks of another kind": (lambda: vit("vit_small_patch16_18x2_224"), "softmax", "Attention in Sequential.*Block and"),
+    "norms after": (lambda: vit("vit_base_patch16_rpn_224"), "agent", "Attention in ResPostBlock"),
     "no attention": (lambda: timm.create_model("resnet18"), "softmax", "none that is called so"),
     "a model of ours": (lambda: visionattn.hosts.DeiT(depth=1), "agent", "take mixer="),
     "prefix tokens": (vit, "window", "WindowAttention takes maps only, not the 1 prefix"),

@@ -291,7 +291,8 @@ def _named(site: _Site, attn: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def _found(model: nn.Module) -> str:
-    names = {_name(type(m)) for m in model.modules() if "attention" in type(m).__name__.lower()}
+    pairs = [(child, parent) for parent in model.modules() for child in parent.children()]
+    names = {f"{_name(type(c))} in {_name(type(p))}" for c, p in pairs if "attention" in type(c).__name__.lower()}
     return f"it has {', '.join(sorted(names))}" if names else "it has none that is called so"
 
 
