@@ -453,7 +453,7 @@ IMPOSSIBLE = {
     "not a plain layer": (lora, "softmax", "blocks.2.attn: qkv is Parametrized"),
     "rotary embedding": (lambda: vit("vit_small_patch16_rope_224"), "softmax", "it has .*Attention"),
     "swin v2": (lambda: timm.create_model("swinv2_tiny_window8_256", depths=(1, 1)), "window", "it has Window"),
-    "blocks of another kind": (lambda: vit("vit_small_patch16_18x2_224"), "softmax", "Attention in Sequential.*Block and"),
+    "blocks of another kind": (lambda: vit("vit_small_patch16_18x2_224"), "softmax", "Attention in Sequential;"),
     "norms after": (lambda: vit("vit_base_patch16_rpn_224"), "agent", "Attention in ResPostBlock"),
     "no attention": (lambda: timm.create_model("resnet18"), "softmax", "none that is called so"),
     "a model of ours": (lambda: visionattn.hosts.DeiT(depth=1), "agent", "take mixer="),
