@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from visionattn.benchmark import neighborhood, plain_ravlt
+from visionattn.benchmark import neighborhood, plain_linear, plain_ravlt
 from visionattn.benchmark.plain_flowformer import plain_flow_attention
 from visionattn.benchmark.runner import Candidate, Case, Workload
 from visionattn.kernels import (
@@ -281,29 +281,6 @@ def neighborhood7_dilated(batch: int, size: Size, rand: Callable[..., Tensor]) -
     return _neighborhood(batch, size, rand, dilation=max(min(size.height, size.width) // 7, 1), biased=True)
 
 
-def _einsum_linear(q: Tensor, k: Tensor, v: Tensor, layout: str) -> Tensor:
-    """The plain composition, in either order of heads and tokens."""
-    q, k = torch.nn.functional.elu(q) + 1, torch.nn.functional.elu(k) + 1
-    if layout == "bhnd":
-        q, k, v = (t.transpose(1, 2).contiguous() for t in (q, k, v))
-    state = torch.einsum(f"{layout},{layout[:-1]}e->bhde", k, v)
-    total = torch.einsum(f"{layout},bhd->{layout[:-1]}", q, k.sum(layout.index("n"))) + 1e-6
-    out = torch.einsum(f"{layout},bhde->{layout[:-1]}e", q, state) / total[..., None]
-    return out if layout == "bnhd" else out.transpose(1, 2)
-
-
-def _matmul_linear(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    q, k = torch.nn.functional.elu(q) + 1, torch.nn.functional.elu(k) + 1
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # B h N d
-    total = (q * k.sum(2, keepdim=True)).sum(-1, keepdim=True) + 1e-6
-    return (q @ (k.mT @ v) / total).transpose(1, 2)
-
-
-def _softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-
-
 LINEAR_CANDIDATES = ("einsum_bnhd", "einsum_bhnd", "matmul", "torch", "triton", "matmul+compile", "softmax")
 
 
@@ -312,11 +289,11 @@ def linear(batch: int, size: Size, rand: Callable[..., Tensor]) -> OpCase:
     """Linear attention with elu + 1 and a sum as normalizer, from a fused projection of heads of 64 channels."""
     heads = max(size.channels // 64, 1)
     functions = {
-        "einsum_bnhd": partial(_einsum_linear, layout="bnhd"),
-        "einsum_bhnd": partial(_einsum_linear, layout="bhnd"),
-        "matmul": _matmul_linear,
+        "einsum_bnhd": partial(plain_linear.einsum, layout="bnhd"),
+        "einsum_bhnd": partial(plain_linear.einsum, layout="bhnd"),
+        "matmul": plain_linear.matmul,
         **_by_backend(partial(linear_attention, feature_map="elu+1")),
-        "softmax": _softmax_attention,
+        "softmax": plain_linear.softmax,
     }
     return OpCase(
         inputs=(rand(batch, size.height * size.width, 4, heads, size.channels // heads),),
@@ -330,17 +307,6 @@ def _on_views(function: Callable[..., Tensor], qkvo: Tensor, *tables: Tensor) ->
     return function(q, k, v, *((gate, tables) if tables else ()))
 
 
-def _framed(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The plain operator of ``plain_ravlt`` with the values as local encoding, and the gate."""
-
-    def run(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-        cos, sin = (t.repeat_interleave(2, -1) for t in tables)
-        y = attend(*(t.transpose(1, 2) for t in (q, k, v)), sin, cos).transpose(1, 2)
-        return (y + v) * gate
-
-    return run
-
-
 def _rotary_linear(batch: int, size: Size, rand: Callable[..., Tensor], plain: Callable, **options) -> OpCase:
     heads = max(size.channels // 64, 1)
     qkvo = rand(batch, size.height * size.width, 4, heads, size.channels // heads)
@@ -350,7 +316,7 @@ def _rotary_linear(batch: int, size: Size, rand: Callable[..., Tensor], plain: C
         options_here = dict(feature_map="elu+1", rotary=tables, residual=v, gate=gate, backend=backend)
         return linear_attention(q, k, v, **options_here, **options)
 
-    functions = {"plain": _framed(plain), **_by_backend(ours)}
+    functions = {"plain": plain_linear.framed(plain), **_by_backend(ours)}
     return OpCase(inputs=(qkvo,), functions={n: lambda x, f=f: _on_views(f, x, *tables) for n, f in functions.items()})
 
 
