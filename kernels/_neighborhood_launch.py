@@ -7,7 +7,6 @@ that its tile sees, or for the gradients of keys and values everything that sees
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 
 import torch
@@ -152,11 +151,6 @@ def strides(x: Tensor) -> tuple[int, ...]:
 def power_of_2(number: int) -> int:
     """The least power of two that is not below a number."""
     return 1 << (number - 1).bit_length()
-
-
-def flops(shape: Sequence[int], window: Sequence[int], products: int) -> int:
-    """Floating-point operations of some products of [N, S] with [S, D], S being the keys of a window."""
-    return 2 * products * math.prod(shape) * math.prod(window)
 
 
 def unsupported(

@@ -9,9 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from visionattn.kernels._flops import flop_formula
+from visionattn.kernels._neighborhood_autograd import empty_gradients, empty_results, register
 from visionattn.kernels._neighborhood_gradient import flash_backward, flash_forward, matrix_backward
-from visionattn.kernels._neighborhood_launch import flops
 from visionattn.kernels.neighborhood_tiled import finite, neighborhood_attention_tiled
 
 __all__ = ["neighborhood_attention_op"]
@@ -44,18 +43,12 @@ def _tiles(
 ) -> tuple[Tensor, Tensor]:
     """The output, and the log-sum-exp of the logits, [B, *spatial, h]."""
     if q.numel() == 0:
-        return _empty_results(q)
+        return empty_results(q)
     window, causal = (tuple(kernel_size), tuple(dilation)), tuple(is_causal)
     out, lse = flash_forward(q, k, v, bias, *window, causal, scale)
     if not finite(out):  # what is not finite must not reach other queries of its tile
         out = neighborhood_attention_tiled(q, k, v, *window, bias, causal, scale, eager=True)
     return out, lse
-
-
-@_tiles.register_fake
-def _empty_results(q, *arguments):
-    out = torch.empty(q.shape, device=q.device, dtype=q.dtype)
-    return out, torch.empty(q.shape[:-1], device=q.device, dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 @torch.library.custom_op("visionattn::neighborhood_attention_tiles_backward", mutates_args=(), device_types="cpu")
@@ -75,7 +68,7 @@ def _tiles_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k, v and bias, the last empty if not wanted."""
     if q.numel() == 0:
-        dq, dk, dv, dbias = _empty_gradients(q, bias, bias_grad)
+        dq, dk, dv, dbias = empty_gradients(q, bias, bias_grad)
         return dq, dk, dv, dbias.zero_()
     setting = tuple(kernel_size), tuple(dilation), tuple(is_causal), scale
     with torch.autocast("cpu", enabled=False):
@@ -84,40 +77,4 @@ def _tiles_backward(
         return *flash_backward(grad, q, k, v, bias, out, lse, *setting), q.new_empty(0)
 
 
-def _empty_gradients(q: Tensor, bias: Tensor | None, bias_grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dq, dk, dv = (torch.empty(q.shape, device=q.device, dtype=q.dtype) for _ in range(3))
-    return dq, dk, dv, torch.empty(bias.shape, device=q.device, dtype=bias.dtype) if bias_grad else q.new_empty(0)
-
-
-@_tiles_backward.register_fake
-def _(grad, q, k, v, bias, out, lse, kernel_size, dilation, is_causal, scale, bias_grad):
-    return _empty_gradients(q, bias, bias_grad)
-
-
-def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:4], *output)
-    ctx.arguments = inputs[4:]
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, grad, grad_lse):
-    if grad is None:
-        return (None,) * 8
-    bias_grad = ctx.needs_input_grad[3]
-    *grads, dbias = _tiles_backward(grad, *ctx.saved_tensors, *ctx.arguments, bias_grad)
-    return *grads, dbias if bias_grad else None, *(None,) * 4
-
-
-_tiles.register_autograd(_backward, setup_context=_save)
-
-
-@flop_formula("neighborhood_attention_tiles")
-def _flops(q_shape, k_shape, v_shape, bias_shape, kernel_size, *args, **kwargs) -> int:
-    return flops(q_shape, kernel_size, products=2)
-
-
-@flop_formula("neighborhood_attention_tiles_backward")
-def _flops_backward(
-    grad_shape, q_shape, k_shape, v_shape, bias_shape, saved_out, saved_lse, window, *args, **kw
-) -> int:
-    return flops(q_shape, window, products=5)  # the logits once more, then dp, dq, dk, dv
+register("neighborhood_attention_tiles", _tiles, _tiles_backward)

@@ -19,14 +19,13 @@ import torch
 from torch import Tensor
 
 from visionattn.kernels import _dispatch
-from visionattn.kernels._flops import flop_formula
+from visionattn.kernels._neighborhood_autograd import empty_gradients, empty_results, last_contiguous, register
 from visionattn.kernels._neighborhood_kernels import _neighborhood_bwd_dkv, _neighborhood_bwd_dq, _neighborhood_fwd
 from visionattn.kernels._neighborhood_launch import (
     FORWARD,
     GRAD_KEY,
     GRAD_QUERY,
     GRAD_QUERY_BIAS,
-    flops,
     launch,
     strides,
     unsupported,
@@ -47,7 +46,7 @@ def _neighborhood(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """The output and the log-sum-exp of the logits, in base 2. The last axis of q, k, v is contiguous, so is bias."""
-    out, lse = _empty_results(q)
+    out, lse = empty_results(q)
     if out.numel() == 0:
         return out, lse
     grid, sizes, constants = launch(FORWARD, q, kernel_size, dilation, is_causal, bias)
@@ -58,21 +57,11 @@ def _neighborhood(
     return out, lse
 
 
-def _empty_results(q: Tensor) -> tuple[Tensor, Tensor]:
-    out = torch.empty(q.shape, device=q.device, dtype=q.dtype)
-    return out, torch.empty(q.shape[:-1], device=q.device, dtype=torch.promote_types(q.dtype, torch.float32))
-
-
 def _in_base_2(scale: float) -> tuple[float, float]:
     """The scale of logits in base 2 as float32 and what that leaves, which float64 needs."""
     scale *= math.log2(math.e)
     high = ctypes.c_float(scale).value
     return high, scale - high
-
-
-@_neighborhood.register_fake
-def _(q, k, v, bias, kernel_size, dilation, is_causal, scale):
-    return _empty_results(q)
 
 
 @torch.library.custom_op("visionattn::neighborhood_attention_backward", mutates_args=())
@@ -91,7 +80,7 @@ def _neighborhood_backward(
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k, v and bias, the last (a sum of partial sums: no atomics) empty if not wanted."""
-    dq, dk, dv, dbias = _empty_gradients(q, bias, bias_grad)
+    dq, dk, dv, dbias = empty_gradients(q, bias, bias_grad)
     if q.numel() == 0:
         return dq, dk, dv, dbias.zero_()
     delta = torch.empty_like(lse)
@@ -123,48 +112,7 @@ def _neighborhood_backward(
     return dq, dk, dv, dbias
 
 
-def _empty_gradients(q: Tensor, bias: Tensor | None, bias_grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dq, dk, dv = (torch.empty(q.shape, device=q.device, dtype=q.dtype) for _ in range(3))
-    return dq, dk, dv, torch.empty(bias.shape, device=q.device, dtype=bias.dtype) if bias_grad else q.new_empty(0)
-
-
-@_neighborhood_backward.register_fake
-def _(grad, q, k, v, bias, out, lse, kernel_size, dilation, is_causal, scale, bias_grad):
-    return _empty_gradients(q, bias, bias_grad)
-
-
-def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:4], *output)
-    ctx.arguments = inputs[4:]
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, grad, grad_lse):
-    if grad is None:
-        return (None,) * 8
-    q, k, v, bias, out, lse = ctx.saved_tensors
-    bias_grad = ctx.needs_input_grad[3]
-    *grads, dbias = _neighborhood_backward(_last_contiguous(grad), q, k, v, bias, out, lse, *ctx.arguments, bias_grad)
-    return *grads, dbias if bias_grad else None, *(None,) * 4
-
-
-_neighborhood.register_autograd(_backward, setup_context=_save)
-
-
-@flop_formula("neighborhood_attention")
-def _flops(q_shape, k_shape, v_shape, bias_shape, kernel_size, *args, **kwargs) -> int:
-    return flops(q_shape, kernel_size, products=2)
-
-
-@flop_formula("neighborhood_attention_backward")
-def _flops_backward(
-    grad_shape, q_shape, k_shape, v_shape, bias_shape, saved_out, saved_lse, window, *args, **kw
-) -> int:
-    return flops(q_shape, window, products=5)  # the logits once more, then dp, dq, dk, dv
-
-
-def _last_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+register("neighborhood_attention", _neighborhood, _neighborhood_backward)
 
 
 def neighborhood_attention_triton(
@@ -181,6 +129,6 @@ def neighborhood_attention_triton(
 
     They read q, k and v in place if their last axis is contiguous, as it is in views of one projection.
     """
-    q, k, v = map(_last_contiguous, _dispatch.autocast(q, k, v))
+    q, k, v = map(last_contiguous, _dispatch.autocast(q, k, v))
     bias = None if bias is None else bias.contiguous()
     return _neighborhood(q, k, v, bias, list(kernel_size), list(dilation), list(is_causal), scale)[0]
