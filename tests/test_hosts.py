@@ -6,7 +6,6 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from timm.models.swin_transformer import SwinTransformerBlock
 from torch import nn
 
 import visionattn  # noqa: F401
@@ -411,17 +410,6 @@ def test_stripes_are_attention_under_a_mask_and_narrower_at_the_border(size):
         outputs.append(y)
     expected = mixer.proj(torch.cat(outputs, -1)).view(1, H, W, 8)
     torch.testing.assert_close(mixer(x), expected)
-
-
-@pytest.mark.parametrize("size", [(14, 14), (9, 16)])
-@pytest.mark.parametrize("shift", [False, True])
-def test_windows_can_be_shifted_before_the_map_is_padded_as_timm_does(size, shift):
-    w = 7
-    block = SwinTransformerBlock(8, (56, 56), 2, window_size=w, shift_size=shift * 3, dynamic_mask=True).eval()
-    mixer = WindowAttention(8, 2, w, shift, True, pad_first=False)
-    mixer.load_state_dict(randomize_(block.attn).state_dict())
-    x = torch.randn(2, *size, 8)
-    torch.testing.assert_close(mixer.eval()(x), block._attn(x))
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------

@@ -25,7 +25,6 @@ class WindowAttention(Mixer):
             each other.
         shift_small_maps: Whether a map not larger than a window is shifted, too, as in the authors' detectors and
             unlike in their classifiers. None: only maps of another size than ``input_size``.
-        pad_first: Whether a map is padded before its windows are shifted, as by the authors, or after, as by timm.
 
     Raises:
         ValueError: If ``window_size`` is not positive.
@@ -42,7 +41,6 @@ class WindowAttention(Mixer):
         shift_small_maps: bool | None = None,
         input_size: tuple[int, int] = (56, 56),
         qkv_bias: bool = True,
-        pad_first: bool = True,
         device=None,
         dtype=None,
     ) -> None:
@@ -54,7 +52,6 @@ class WindowAttention(Mixer):
         self.masked = MASKED
         self.shift = shift
         self.shift_small_maps = shift_small_maps
-        self.pad_first = pad_first
         self.input_size = (int(input_size[0]), int(input_size[1]))
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * self.window_size - 1) ** 2, num_heads, **dd))
         self.register_buffer("padding", None)  # what fold_input leaves of a padded token
@@ -69,9 +66,6 @@ class WindowAttention(Mixer):
         w, h = self.window_size, self.num_heads
         rows, columns = (H + w - 1) // w, (W + w - 1) // w
         qkv = self.qkv(x)
-        shift = w // 2 if self.shift and (unknown_size() or self.shifted(H, W)) else 0
-        if shift > 0 and not self.pad_first:
-            qkv = self._roll(qkv, H, W, shift)
         padded = unknown_size() or rows * w != H or columns * w != W
         if padded:
             # Zeros in front of the projection are its bias behind it.
@@ -81,7 +75,8 @@ class WindowAttention(Mixer):
             qkv = F.pad(qkv, [0, 0, 0, columns * w - W, 0, rows * w - H])
             if bias is not None:
                 qkv = qkv + bias
-        if shift > 0 and self.pad_first:
+        shift = w // 2 if self.shift and (unknown_size() or self.shifted(H, W)) else 0
+        if shift > 0:
             qkv = self._roll(qkv, H, W, shift)
         qkv = qkv.reshape(B, rows, w, columns, w, 3, h, self.head_dim).permute(5, 0, 1, 3, 6, 2, 4, 7)
         qkv = qkv.reshape(3, B, rows * columns * h, w * w, self.head_dim)
@@ -96,14 +91,12 @@ class WindowAttention(Mixer):
         y = self._softmax(qkv[0], qkv[1], qkv[2], bias)
         y = y.reshape(B, rows, columns, h, w, w, self.head_dim).permute(0, 1, 4, 2, 5, 3, 6)
         y = y.reshape(B, rows * w, columns * w, C)
-        if shift > 0 and self.pad_first:
+        if shift > 0:
             y = self._roll(y, H, W, -shift)
         if unknown_size():  # which would be asked of the strides of a slice
             y = y.index_select(1, torch.arange(H, device=x.device)).index_select(2, torch.arange(W, device=x.device))
         elif padded:
             y = y[:, :H, :W]
-        if shift > 0 and not self.pad_first:
-            y = self._roll(y, H, W, -shift)
         return self.proj_drop(self.proj(y))
 
     def shifted(self, H: int, W: int) -> bool:

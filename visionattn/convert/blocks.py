@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from visionattn.attention import WindowAttention
 from visionattn.attention.mixer import unknown_size
+from visionattn.blocks import crop, pad_to_multiple
 
-__all__ = ["GridBlock", "MapBlock", "MapSize", "TokenBlock", "window_arguments"]
+__all__ = ["GridBlock", "MapBlock", "MapSize", "TokenBlock", "WindowBlock", "window_arguments"]
 
 
 class MapSize:
@@ -155,7 +156,7 @@ class GridBlock(TokenBlock):
 
 
 class MapBlock(SwinTransformerBlock):
-    """timm's Swin block with a mixer that sees the whole map; windows are the business of the mixer."""
+    """timm's Swin block with a mixer that takes the whole map, of any size."""
 
     @classmethod
     def become(cls, block: SwinTransformerBlock, mixer: nn.Module) -> None:
@@ -174,20 +175,59 @@ class MapBlock(SwinTransformerBlock):
     def set_input_size(
         self, feat_size: tuple[int, int], window_size: tuple[int, int], always_partition: bool | None = None
     ) -> None:
-        """As timm's, for window attention; other mixers follow the map they get.
-
-        Raises:
-            ValueError: If windows would not be squares shifted along both axes, which ``WindowAttention`` has.
-        """
+        """Note the size, for code that asks the block; the mixer follows the map that it gets."""
         self.input_resolution = feat_size
         if always_partition is not None:
             self.always_partition = always_partition
         self.window_size, self.shift_size = self._calc_window_shift(window_size)
         self.window_area = self.window_size[0] * self.window_size[1]
-        if isinstance(self.attn, WindowAttention):
-            arguments = window_arguments(self)
-            self.attn.shift = arguments["shift"]
-            _resize_window(self.attn, arguments["window_size"])
+
+
+class WindowBlock(MapBlock):
+    """timm's Swin block with ``WindowAttention``.
+
+    timm shifts a map before it pads it, the authors and ``WindowAttention`` after: a map that is no multiple of the
+    window comes to it padded by the block, with the zeros where they are in timm once it has shifted them.
+    """
+
+    def _attn(self, x: Tensor) -> Tensor:
+        H, W = x.shape[1], x.shape[2]
+        x = pad_shifted(x, self.window_size[0], self.shift_size[0])
+        return crop_shifted(self.attn(x), H, W, self.shift_size[0])
+
+    @torch.jit.ignore
+    def set_input_size(
+        self, feat_size: tuple[int, int], window_size: tuple[int, int], always_partition: bool | None = None
+    ) -> None:
+        """Resample the table of biases for another window, as timm does.
+
+        Raises:
+            ValueError: If windows would not be squares shifted along both axes, which ``WindowAttention`` has.
+        """
+        super().set_input_size(feat_size, window_size, always_partition)
+        arguments = window_arguments(self)
+        self.attn.shift = arguments["shift"]
+        _resize_window(self.attn, arguments["window_size"])
+
+
+def _fits(H: int, W: int, side: int) -> bool:
+    return not unknown_size() and H % side == 0 and W % side == 0
+
+
+@torch.fx.wrap  # whether it pads depends on the size; timm's own register sees functions called by forward itself
+def pad_shifted(x: Tensor, side: int, shift: int) -> Tensor:
+    """A map whose padding to a multiple of ``side`` is behind its last row and column once it is shifted."""
+    if shift == 0 or _fits(x.shape[1], x.shape[2], side):
+        return x
+    return pad_to_multiple(x.roll([-shift, -shift], [1, 2]), side).roll([shift, shift], [1, 2])
+
+
+@torch.fx.wrap
+def crop_shifted(x: Tensor, H: int, W: int, shift: int) -> Tensor:
+    """The map that ``pad_shifted`` has padded."""
+    if shift == 0 or (not unknown_size() and x.shape[1] == H and x.shape[2] == W):
+        return x
+    return crop(x.roll([-shift, -shift], [1, 2]), H, W).roll([shift, shift], [1, 2])
 
 
 def window_arguments(block: SwinTransformerBlock) -> Mapping[str, object]:
@@ -204,7 +244,7 @@ def window_arguments(block: SwinTransformerBlock) -> Mapping[str, object]:
             "axes or not at all; leave the block out with blocks=, or set another window_size"
         )
     # timm decides once for all maps whether windows are shifted.
-    return dict(window_size=side, shift=any(block.shift_size), shift_small_maps=True, pad_first=False)
+    return dict(window_size=side, shift=any(block.shift_size), shift_small_maps=True)
 
 
 @torch.no_grad()

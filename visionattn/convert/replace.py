@@ -16,7 +16,7 @@ from visionattn.attention import Mixer, SoftmaxAttention, SoftmaxMixer, WindowAt
 from visionattn.attention.mixer import MixerLike
 from visionattn.attention.softmax import SelfAttention
 from visionattn.blocks import Linear
-from visionattn.convert.blocks import GridBlock, MapBlock, MapSize, TokenBlock, window_arguments
+from visionattn.convert.blocks import GridBlock, MapBlock, MapSize, TokenBlock, WindowBlock, window_arguments
 from visionattn.convert.report import Replacement
 from visionattn.hosts.parts import MixerArgs, mixers
 
@@ -150,7 +150,7 @@ class _Maker:
     def apply(self, site: _Site, mixer: nn.Module) -> None:
         """Put a mixer into its block."""
         if site.swin:
-            MapBlock.become(site.block, mixer)
+            (WindowBlock if self.window else MapBlock).become(site.block, mixer)
             return
         sizes = None
         if self.needs_size:
@@ -245,7 +245,7 @@ def replace_attention(
 def _sites(model: nn.Module) -> Iterator[_Site]:
     vits = {name: module for name, module in model.named_modules() if isinstance(module, VisionTransformer)}
     for name, module in model.named_modules():
-        if type(module) in (Block, TokenBlock, GridBlock, SwinTransformerBlock, MapBlock):
+        if type(module) in (Block, SwinTransformerBlock) or isinstance(module, (TokenBlock, MapBlock)):
             owner = name.rpartition(".blocks.")[0] if ".blocks." in name else ""
             inside = name.startswith(f"{owner}.blocks." if owner else "blocks.")
             yield _Site(name, module, vits.get(owner) if inside else None)
