@@ -60,7 +60,7 @@ class _Site:
     def size(self) -> tuple[int, int] | None:
         if self.swin:
             return tuple(self.block.input_resolution)
-        return None if self.vit is None else self.vit.patch_embed.grid_size
+        return getattr(self.vit.patch_embed, "grid_size", None) if self.vit else None
 
 
 class _Maker:
@@ -143,7 +143,7 @@ class _Maker:
         if site.vit is None:
             yield f"{name} needs rows and columns of the map, which are known in a VisionTransformer only"
         elif site.size is None:
-            yield f"{name} needs rows and columns of the map, and patch_embed.grid_size is None"
+            yield f"{name} needs rows and columns of the map, and patch_embed has no grid_size"
         elif isinstance(site.vit.patch_drop, PatchDropout) and site.vit.patch_drop.prob > 0:
             yield f"{name} needs the whole map, of which patch_drop leaves patches out"
 
@@ -173,6 +173,9 @@ def replace_attention(
     table of biases where the mixer has one. ``"softmax"`` in a ViT and ``"window"`` in a Swin compute what the model
     computed; any other mixer is to be trained. To load the result, build the model again, replace its attention and
     load the state dict. If anything cannot be replaced, nothing is.
+
+    A ViT built with ``dynamic_img_size`` notes the size of its map at every call: with a mixer that uses it, the model
+    serves one thread at a time and has no TorchScript.
 
     Args:
         model: A model of timm, or a module around some, such as timm's feature extractors. Blocks that have a mixer
