@@ -18,6 +18,8 @@ from visionattn.kernels.linear_attention import linear_attention
 from visionattn.kernels.linear_forms import focused, rotary_tables
 from visionattn.kernels.neighborhood import neighborhood_attention
 from visionattn.kernels.neighborhood_plain import neighborhood_attention_plain
+from visionattn.kernels.window_attention import window_attention
+from visionattn.kernels.window_plain import window_attention_plain
 
 __all__ = [
     "BackendError",
@@ -37,4 +39,6 @@ __all__ = [
     "rotary_tables",
     "set_backend",
     "use_backend",
+    "window_attention",
+    "window_attention_plain",
 ]

@@ -79,9 +79,9 @@ def test_mixers_of_the_hosts_equal_the_authors_composition(capsys, name):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("layers hilow", "unknown layer 'hilow'; allowed are hilo, mixers, token_merging"),
+        ("layers hilow", "unknown layer 'hilow'; allowed are hilo, mixers, window, shifted_window, token_merging"),
         ("layers hilo --candidates ors", "unknown candidate 'ors'; allowed are plain, ours, full"),
-        ("layers --plot a.png", "--plot draws one of those named, not hilo, mixers, token_merging, softmax"),
+        ("layers --plot a.png", "not hilo, mixers, window, shifted_window, token_merging, softmax"),
         ("layers hilo --plot no/such/folder/a.png", "does not exist"),
         ("layers hilo --sizes 7x7", "HEIGHTxWIDTHxCHANNELS"),
     ],

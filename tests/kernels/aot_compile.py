@@ -26,27 +26,31 @@ from visionattn.kernels import (
     _neighborhood_kernels,
     _neighborhood_launch,
     _triton,
+    _window_kernels,
     bilevel_triton,
     depthwise_conv2d,
     gated_pointwise,
+    window_triton,
 )
 
 depthwise, pointwise = (sys.modules[op.__module__] for op in (depthwise_conv2d, gated_pointwise))
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
-SIZES = ("N", "n_runs", "runs_per_row", "C", "H", "W", "dilation", "M", "D", "heads", "across", "regions", "K", "rows")
+SIZES = ("N", "n_runs", "runs_per_row", "C", "H", "W", "dilation", "M", "D", "heads", "across", "regions", "K")
+SIZES += ("rows", "total")
 TENSORS = ("grad", "q", "k", "v", "out", "dq", "dk", "dv")
 TUPLES = {  # arguments that are tuples of integers
     _neighborhood_kernels.__name__: {"shape": 3, "dilation": 3, "tiles": 2}
     | {f"{name}_strides": 5 for name in TENSORS},
     _bilevel_kernels.__name__: dict.fromkeys(("shape", "key_shape", "region", "key_region"), 2)
     | {f"{name}_strides": 4 for name in TENSORS},
+    _window_kernels.__name__: {"shape": 2, "windows": 2, "qkv_strides": 5, "grad_strides": 4},
     _linear_kernels.__name__: {f"{name}_strides": 3 for name in "kvwqrgo"},
     _focused_triton.__name__: {"x_strides": 2, "grad_strides": 2},
 }
 INTEGERS = {"routes": "i64", "sources": "i32", "starts": "i32"}  # of what such tensors are
-SUMS = ("lse", "delta", "bias_parts")
+SUMS = ("lse", "delta", "bias_parts", "padding_parts", "added")
 LINEAR_SUMS = ("weights", "cos", "sin", "state", "key_sum", "value_sum", "value_mean", "dstate", "dkey_sum")
 LINEAR_SUMS += ("dvalue_sum", "dvalue_mean", "dweights")
 LINEAR = [(64, 64), (96, 96), (32, 32), (24, 24)]  # features, width of a value
@@ -64,6 +68,15 @@ NEIGHBORHOOD = [  # head dim, window, ranks of the longest residue, whether ther
     (32, (3, 7, 7), (8, 28, 28), True),
 ]
 BILEVEL = [(32, 32, 64), (32, 32, 16), (32, 32, 4), (24, 24, 64), (64, 64, 64), (128, 128, 64), (32, 64, 30)]  # D, E, T
+WINDOW = [  # head dim, sides of the window
+    (32, (7, 7)),
+    (32, (12, 12)),
+    (32, (4, 4)),
+    (24, (8, 8)),
+    (64, (7, 7)),
+    (128, (7, 7)),
+    (64, (24, 24)),
+]
 
 
 def launches(dtype: str, every: bool, hip: bool):
@@ -86,6 +99,7 @@ def launches(dtype: str, every: bool, hip: bool):
         constants = _focused_triton.launch_config(C, DTYPES[dtype]) | {"POWER": 3, "ACC": acc}
         yield _focused_triton._focused_fwd, constants, C % 16 == 0
         yield _focused_triton._focused_bwd, constants | {"STEPS": 16}, C % 16 == 0
+    yield from window_launches(dtype, acc, every, hip)
 
 
 def neighborhood_launches(dtype: str, acc: tl.dtype, every: bool):
@@ -133,6 +147,27 @@ def bilevel_launches(dtype: str, acc: tl.dtype, every: bool):
             yield kernel, config | steps | {"ACC": acc, "PRECISION": "ieee"}, D % 16 == 0
 
 
+def window_launches(dtype: str, acc: tl.dtype, every: bool, hip: bool):
+    for D, window in WINDOW if every else WINDOW[:2]:
+        whole = window_triton.in_one_program(D, window, DTYPES[dtype])
+        if not (whole or every or window == (12, 12)):
+            continue
+        rows = [(_window_kernels._window_fwd, window_triton.FORWARD, {"RUN": 4})]
+        if whole:
+            rows.append((_window_kernels._window_bwd, window_triton.BACKWARD, {"RUN": 16, "BIAS_GRAD": True}))
+        else:
+            dkv = _window_kernels._window_bwd_dkv
+            rows.append((_window_kernels._window_bwd_dq, window_triton.GRAD_QUERY, {}))
+            rows.append((dkv, window_triton.GRAD_KEY, {"RUN": 1, "BIAS_GRAD": False}))
+            rows.append((dkv, window_triton.GRAD_BIAS, {"RUN": 16, "BIAS_GRAD": True}))
+        for kernel, name, rest in rows:
+            for bias, padding in ((True, True), (False, False)) if every else ((True, True),):
+                if bias or not rest.get("BIAS_GRAD"):
+                    config = window_triton.launch_config(name, D, window, DTYPES[dtype], hip)
+                    form = {"SHIFT": (window[0] // 2,) * 2, "HAS_BIAS": bias, "HAS_PADDING": padding}
+                    yield kernel, config | form | rest | {"ACC": acc, "PRECISION": "ieee"}, D % 16 == 0
+
+
 def compiled(kernel, dtype: str, constants: dict, divisible: bool, target: GPUTarget):
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
     sums = "fp64" if dtype == "fp64" else "fp32"
@@ -146,7 +181,7 @@ def compiled(kernel, dtype: str, constants: dict, divisible: bool, target: GPUTa
             if divisible and name.endswith("strides"):
                 attributes |= {(index, i): [["tt.divisibility", 16]] for i in range(tuples[name])}
             continue
-        elif name.startswith("scale") or name == "eps":
+        elif name.startswith(("scale", "masked")) or name == "eps":
             signature[name] = "fp32"
         elif name in SIZES:
             signature[name] = "i32"
@@ -188,7 +223,8 @@ def resources(program) -> dict[str, int]:
 
 def main() -> None:
     target, dtypes, extent = sys.argv[1:]
-    for module in (depthwise, pointwise, _neighborhood_kernels, _linear_kernels, _bilevel_kernels, _focused_triton):
+    modules = (_neighborhood_kernels, _linear_kernels, _bilevel_kernels, _focused_triton, _window_kernels)
+    for module in (depthwise, pointwise, *modules):
         _triton.load_kernels(vars(module))
     rows = []
     for dtype in dtypes.split(","):

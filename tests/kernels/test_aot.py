@@ -15,6 +15,7 @@ KERNELS |= {f"_neighborhood_{name}" for name in ("fwd", "bwd_dq", "bwd_dkv")}
 KERNELS |= {f"_linear_{name}" for name in ("keys", "queries", "queries_bwd", "keys_bwd")}
 KERNELS |= {"_focused_fwd", "_focused_bwd"}
 KERNELS |= {f"_bilevel_{name}" for name in ("fwd", "bwd_dq", "bwd_dkv")}
+KERNELS |= {f"_window_{name}" for name in ("fwd", "bwd", "bwd_dq", "bwd_dkv")}
 
 
 def compile_and_check(run_python, target, dtypes, every):

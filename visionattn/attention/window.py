@@ -1,15 +1,14 @@
-"""Window attention of Swin. B batch, H rows, W columns, C channels, h heads, D head dim, w window side, n windows."""
+"""Window attention of Swin. B batch, H rows, W columns, C channels, h heads, D head dim."""
 
 import torch
-import torch.nn.functional as F
-from timm.layers import register_notrace_module, trunc_normal_
+from timm.layers import is_exportable, is_scriptable, register_notrace_module, trunc_normal_
 from torch import Tensor, nn
 
 from visionattn.attention.mixer import Mixer, unknown_size
+from visionattn.kernels import window_attention, window_attention_plain
+from visionattn.kernels.window_plain import MASKED
 
 __all__ = ["WindowAttention"]
-
-MASKED = -100.0  # what the authors add to the logits of tokens that were not neighbours before the shift
 
 
 @register_notrace_module  # whether it pads and shifts depends on the size of the map
@@ -25,6 +24,7 @@ class WindowAttention(Mixer):
             each other.
         shift_small_maps: Whether a map not larger than a window is shifted, too, as in the authors' detectors and
             unlike in their classifiers. None: only maps of another size than ``input_size``.
+        pad_first: Whether a map is padded before its windows are shifted, as by the authors, or after, as by timm.
 
     Raises:
         ValueError: If ``window_size`` is not positive.
@@ -41,6 +41,7 @@ class WindowAttention(Mixer):
         shift_small_maps: bool | None = None,
         input_size: tuple[int, int] = (56, 56),
         qkv_bias: bool = True,
+        pad_first: bool = True,
         device=None,
         dtype=None,
     ) -> None:
@@ -50,8 +51,10 @@ class WindowAttention(Mixer):
             raise ValueError(f"window_size must be positive, got {window_size}")
         self.window_size = min(window_size, input_size[0], input_size[1])
         self.masked = MASKED
+        self.plain = is_exportable() or is_scriptable()  # timm's switches: layers built under them use plain operators
         self.shift = shift
         self.shift_small_maps = shift_small_maps
+        self.pad_first = pad_first
         self.input_size = (int(input_size[0]), int(input_size[1]))
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * self.window_size - 1) ** 2, num_heads, **dd))
         self.register_buffer("padding", None)  # what fold_input leaves of a padded token
@@ -62,42 +65,35 @@ class WindowAttention(Mixer):
         trunc_normal_(self.relative_position_bias_table, std=0.02)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None, stream: Tensor | None = None) -> Tensor:
-        B, H, W, C = x.shape
-        w, h = self.window_size, self.num_heads
-        rows, columns = (H + w - 1) // w, (W + w - 1) // w
-        qkv = self.qkv(x)
-        padded = unknown_size() or rows * w != H or columns * w != W
-        if padded:
-            # Zeros in front of the projection are its bias behind it.
-            bias = self.padding if self.padding is not None else self.qkv.bias
-            if bias is not None:
-                qkv = qkv - bias
-            qkv = F.pad(qkv, [0, 0, 0, columns * w - W, 0, rows * w - H])
-            if bias is not None:
-                qkv = qkv + bias
-        shift = w // 2 if self.shift and (unknown_size() or self.shifted(H, W)) else 0
-        if shift > 0:
-            qkv = self._roll(qkv, H, W, shift)
-        qkv = qkv.reshape(B, rows, w, columns, w, 3, h, self.head_dim).permute(5, 0, 1, 3, 6, 2, 4, 7)
-        qkv = qkv.reshape(3, B, rows * columns * h, w * w, self.head_dim)
-        bias = self.bias()[None]
-        if shift > 0:
-            mask = self.mask(rows, columns, shift, bias)
-            if unknown_size():
-                mask = mask * self._shifted_any_size(H, W, x.device)
-            bias = (bias + mask[:, None]).flatten(0, 1)[None]  # 1 n*h w*w w*w
+        H, W = x.shape[1], x.shape[2]
+        h, D = self.num_heads, self.head_dim
+        qkv = self.qkv(x).unflatten(-1, [3, h, D])
+        # Zeros in front of the projection are its bias behind it.
+        bias = self.padding if self.padding is not None else self.qkv.bias
+        padding = None if bias is None else bias.view(3, h, D)
+        window = [self.window_size, self.window_size]
+        if torch.jit.is_scripting():
+            shift = self.window_size // 2 if self.shift and self.shifted(H, W) else 0
+            table = self.relative_position_bias_table
+            shifts, scale = [shift, shift], self.scale
+            y = window_attention_plain(
+                qkv, window, shifts, table, padding, self.masked, scale, False, None, self.pad_first
+            )
         else:
-            qkv = qkv.reshape(3, B * rows * columns, h, w * w, self.head_dim)
-        y = self._softmax(qkv[0], qkv[1], qkv[2], bias)
-        y = y.reshape(B, rows, columns, h, w, w, self.head_dim).permute(0, 1, 4, 2, 5, 3, 6)
-        y = y.reshape(B, rows * w, columns * w, C)
-        if shift > 0:
-            y = self._roll(y, H, W, -shift)
-        if unknown_size():  # which would be asked of the strides of a slice
-            y = y.index_select(1, torch.arange(H, device=x.device)).index_select(2, torch.arange(W, device=x.device))
-        elif padded:
-            y = y[:, :H, :W]
-        return self.proj_drop(self.proj(y))
+            y = self._fused(qkv, H, W, window, padding)
+        return self.proj_drop(self.proj(y.flatten(3)))
+
+    @torch.jit.unused
+    def _fused(self, qkv: Tensor, H: int, W: int, window: list[int], padding: Tensor | None) -> Tensor:
+        shift = self.window_size // 2 if self.shift else 0
+        arguments = self.relative_position_bias_table, padding, self.masked, self.scale
+        if unknown_size():
+            shifted = self._shifted_any_size(H, W, qkv.device) if shift else None
+            return window_attention_plain(qkv, window, [shift, shift], *arguments, True, shifted, self.pad_first)
+        shift = shift if self.shifted(H, W) else 0
+        if shift and not self.pad_first and (H % window[0] or W % window[1]):
+            return window_attention_plain(qkv, window, [shift, shift], *arguments, False, None, False)
+        return window_attention(qkv, window, shift, *arguments, "torch" if self.plain else None)
 
     def shifted(self, H: int, W: int) -> bool:
         """Whether windows of a map of some size are shifted, if those of the module are."""
@@ -114,44 +110,6 @@ class WindowAttention(Mixer):
         if self.shift_small_maps is None:
             return (large | (rows != self.input_size[0]) | (columns != self.input_size[1])).long()
         return torch.ones_like(rows).long() if self.shift_small_maps else large.long()
-
-    def _roll(self, x: Tensor, H: int, W: int, shift: int) -> Tensor:
-        if torch.jit.is_scripting():
-            return x.roll([-shift, -shift], [1, 2])
-        else:
-            return self._roll_any_size(x, H, W, shift) if unknown_size() else x.roll([-shift, -shift], [1, 2])
-
-    @torch.jit.unused
-    def _roll_any_size(self, x: Tensor, H: int, W: int, shift: int) -> Tensor:
-        by = self._shifted_any_size(H, W, x.device) * shift
-        for axis in (1, 2):
-            x = x.index_select(axis, (torch.arange(x.shape[axis], device=x.device) + by) % x.shape[axis])
-        return x
-
-    def bias(self) -> Tensor:
-        """Bias of every query and key of a window. [h, w * w, w * w]"""
-        w = self.window_size
-        position = torch.arange(w, device=self.relative_position_bias_table.device)
-        distance = position[:, None] - position + w - 1
-        index = distance[:, None, :, None] * (2 * w - 1) + distance[None, :, None, :]
-        return self.relative_position_bias_table[index.reshape(-1)].reshape(w * w, w * w, -1).permute(2, 0, 1)
-
-    def mask(self, rows: int, columns: int, shift: int, like: Tensor) -> Tensor:
-        """What separates tokens from the two ends of a shifted map. [n, w * w, w * w]"""
-        w = self.window_size
-        late = torch.arange(w, device=like.device) >= w - shift
-        apart = late[:, None] != late  # w w
-        last_row = torch.arange(rows, device=like.device) == rows - 1
-        last_column = torch.arange(columns, device=like.device) == columns - 1
-        by_row = (last_row[:, None, None] & apart)[:, None, :, None, :, None]
-        by_column = (last_column[:, None, None] & apart)[None, :, None, :, None, :]
-        mask = (by_row | by_column).expand(rows, columns, w, w, w, w).reshape(rows * columns, w * w, w * w)
-        return mask.to(like.dtype) * self.masked
-
-    def _softmax(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-        if bias.requires_grad:  # for which PyTorch's fused attention has no fast path
-            return ((q * self.scale) @ k.transpose(-1, -2) + bias).softmax(-1) @ v
-        return F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype))
 
     @torch.no_grad()
     def fold_input(self, scale: Tensor, shift: Tensor) -> None:

@@ -266,6 +266,7 @@ GPU_SET = (
     "ops neighborhood7_plain --device cuda --sizes 56x56x64 --seconds 0.3 --repeats 30 --candidates triton,flex",
     "ops neighborhood7 --device cuda --batch 8 --sizes 128x128x64 --seconds 0.3 --repeats 30 --candidates triton,flex",
     "ops rala mala --device cuda --seconds 0.3 --repeats 30",
+    "ops window7 window7_shifted --device cuda --seconds 0.3 --repeats 30 --candidates timm,torch,triton,timm+compile",
     "models van_b0 --device cuda --seconds 3 --candidates "
     "plain,plain+channels_last,ours,ours+compile,resnet50+channels_last,convnext_tiny+channels_last,"
     "swin_tiny_patch4_window7_224,deit_small_patch16_224",

@@ -11,7 +11,6 @@ from functools import partial
 import torch
 from timm.layers import Attention
 from timm.models.pvt_v2 import Attention as SpatialReductionAttention
-from timm.models.swin_transformer import WindowAttention, window_partition, window_reverse
 from torch import Tensor, nn
 
 from visionattn.attention import (
@@ -22,18 +21,19 @@ from visionattn.attention import (
     MagnitudeAwareAttention,
     RankAugmentedAttention,
     SoftmaxAttention,
+    WindowAttention,
 )
 from visionattn.backbones.litv2 import checkpoint_filter_fn
 from visionattn.benchmark.host_mixers import HOST_MIXERS, host_mixer_weights
 from visionattn.benchmark.models import randomize_
-from visionattn.benchmark.ops import Size, parse_candidate
+from visionattn.benchmark.ops import SIZE_SETS, Size, parse_candidate
 from visionattn.benchmark.plain_litv2 import PlainHiLo, PlainMerging
 from visionattn.benchmark.runner import Candidate, Case, Workload
+from visionattn.benchmark.window import WINDOW, TimmWindows
 from visionattn.token_merging import DeformableTokenMerging
 
 __all__ = ["LAYERS", "LayerBenchmark", "layer_case"]
 
-WINDOW = 7
 STAGES = (Size(56, 56, 96), Size(28, 28, 192), Size(14, 14, 384))  # of Swin-Tiny
 
 
@@ -65,12 +65,6 @@ def _channels_first(layer: nn.Module, x: Tensor) -> Tensor:
     return layer(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
-def _windows(layer: nn.Module, x: Tensor) -> Tensor:
-    side = (WINDOW, WINDOW)
-    windows = layer(window_partition(x, side).flatten(1, 2))
-    return window_reverse(windows.unflatten(1, side), side, x.shape[1], x.shape[2])
-
-
 def _hilo(size: Size) -> dict[str, Callable[[], nn.Module]]:
     dim, heads = size.channels, max(size.channels // 32, 1)
     reduction = partial(SpatialReductionAttention, dim, heads, sr_ratio=2, linear_attn=False, qkv_bias=True)
@@ -79,7 +73,16 @@ def _hilo(size: Size) -> dict[str, Callable[[], nn.Module]]:
         "ours": lambda: _OnMap(HiLoAttention(dim, heads, 2, 0.9), lambda layer, x: layer(x)),
         "full": lambda: _OnMap(Attention(dim, heads, qkv_bias=True), _tokens),
         "spatial_reduction": lambda: _OnMap(reduction(), _sized_tokens),
-        "window7": lambda: _OnMap(WindowAttention(dim, heads, window_size=WINDOW), _windows),
+        "window7": lambda: TimmWindows(dim, heads, False, (size.height, size.width)),
+    }
+
+
+def _window(size: Size, shift: bool) -> dict[str, Callable[[], nn.Module]]:
+    dim, heads, sides = size.channels, max(size.channels // 32, 1), (size.height, size.width)
+    ours = partial(WindowAttention, dim, heads, WINDOW, shift, input_size=sides)
+    return {
+        "plain": lambda: TimmWindows(dim, heads, shift, sides),
+        "ours": lambda: _OnMap(ours(), lambda layer, x: layer(x)),
     }
 
 
@@ -149,6 +152,18 @@ LAYERS = {
         _mixers,
         dict,
         tuple(Size(side, side, 192) for side in (14, 28, 56, 112)),
+    ),
+    "window": LayerBenchmark(
+        "window attention 7x7 with relative position bias, beside timm's",
+        partial(_window, shift=False),
+        dict,
+        SIZE_SETS["swin_t"],
+    ),
+    "shifted_window": LayerBenchmark(
+        "window attention 7x7, shifted by 3, beside timm's",
+        partial(_window, shift=True),
+        dict,
+        SIZE_SETS["swin_t"][:3],
     ),
     "token_merging": LayerBenchmark(
         "deformable token merging",

@@ -60,6 +60,7 @@ SIZE_SETS = {
     "nat_tiny": _sizes("56x56x64 28x28x128 14x14x256 7x7x512"),
     "ravlt_t": _sizes("56x56x64 28x28x128"),
     "flowformer": _sizes("56x56x96 28x28x192 14x14x384 7x7x768"),
+    "swin_t": _sizes("56x56x96 28x28x192 14x14x384 7x7x768"),
     "biformer_tiny": _sizes("56x56x64 28x28x128 14x14x256"),
     "biformer_tiny_1024": _sizes("256x256x64 128x128x128 64x64x256"),
     "nat_512": _sizes("128x128x64 64x64x128 32x32x256 16x16x512"),
