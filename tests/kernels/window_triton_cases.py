@@ -1,4 +1,4 @@
-"""What the kernels of window attention must do. test_window_triton.py runs this file, in Triton's interpreter or on a
+"""What the kernels of window attention must do. test_triton.py runs this file, in Triton's interpreter or on a
 GPU, in a process of its own: see triton_cases.py.
 """
 
