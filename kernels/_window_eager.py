@@ -245,15 +245,18 @@ def _infer(qkv, bias, padding, window, shift, masked, scale) -> Tensor:
     tables = _tables(H, W, 1, window, shift)
     tokens = _rows(qkv, padding, tables.padded).view(B, -1, 3 * h * D)
     dense = None if bias is None else dense_bias(bias, *window)
-    one = (H, W, *shift) == (*window, 0, 0)  # the map is the window
+    grid = (B, H // window[0], window[0], W // window[1], window[1], -1)
+    whole = shift == (0, 0) and not tables.padded  # a permutation of axes, faster than one of tokens
     parts = []
     for kind in tables.kinds:
-        own = tokens if one else tokens.index_select(1, kind.target)
-        q, k, v = own.view(-1, S, 3, h, D).permute(2, 0, 3, 1, 4)
+        own = tokens.view(grid).transpose(2, 3) if whole else tokens.index_select(1, kind.target)
+        q, k, v = own.reshape(-1, S, 3, h, D).permute(2, 0, 3, 1, 4)
         added = _added(dense, kind.apart, masked, h, qkv.dtype)
         out = F.scaled_dot_product_attention(q, k, v, None if added is None else added[None], scale=scale)
         parts.append(out.transpose(1, 2).reshape(-1, h * D))
+    if whole:
+        B, rows, w0, columns, w1, _ = grid
+        return parts[0].view(B, rows, columns, w0, w1, h * D).transpose(2, 3).reshape(B, H, W, h, D)
     out = parts[0] if len(parts) == 1 else torch.cat(parts)
-    if not one:
-        out = out.index_select(0, _places(tables, B).flatten())
+    out = out.index_select(0, _places(tables, B).flatten())
     return out.view(B, H, W, h, D)
