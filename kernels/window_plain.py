@@ -59,7 +59,6 @@ def window_attention_plain(
     scale: float,
     any_size: bool = False,
     shifted: Tensor | None = None,
-    pad_first: bool = True,
 ) -> Tensor:
     """Windows folded into the head axis, so that one mask serves all images. Nothing is checked.
 
@@ -68,7 +67,6 @@ def window_attention_plain(
     Args:
         any_size: Whether the sides of the map may be symbols, on which nothing may branch.
         shifted: 0 or 1, whether windows are shifted, where that depends on such a side.
-        pad_first: Whether the map is padded before the shift, as by the authors of Swin, or after, as by timm.
     """
     B, H, W, h, D = qkv.shape[0], qkv.shape[1], qkv.shape[2], qkv.shape[4], qkv.shape[5]
     w0, w1 = window_size[0], window_size[1]
@@ -76,8 +74,6 @@ def window_attention_plain(
     rows, columns = (H + w0 - 1) // w0, (W + w1 - 1) // w1
     x = qkv.flatten(3)
     rolled = max(shift[0], shift[1]) > 0
-    if rolled and not pad_first:
-        x = _roll(x, shift, False, shifted)
     padded = any_size or rows * w0 != H or columns * w1 != W
     if padded:
         x = F.pad(x, [0, 0, 0, columns * w1 - W, 0, rows * w0 - H])
@@ -85,7 +81,7 @@ def window_attention_plain(
             outside = (torch.arange(rows * w0, device=x.device) >= H)[:, None]
             outside = outside | (torch.arange(columns * w1, device=x.device) >= W)
             x = torch.where(outside[:, :, None], padding.flatten(), x)
-    if rolled and pad_first:
+    if rolled:
         x = _roll(x, shift, False, shifted)
     x = x.reshape(B, rows, w0, columns, w1, 3, h, D).permute(5, 0, 1, 3, 6, 2, 4, 7)
     logits: Tensor | None = None if bias is None else dense_bias(bias, w0, w1)[None]
@@ -105,14 +101,12 @@ def window_attention_plain(
         .permute(0, 1, 4, 2, 5, 3, 6)
         .reshape(B, rows * w0, columns * w1, h * D)
     )
-    if rolled and pad_first:
+    if rolled:
         y = _roll(y, shift, True, shifted)
     if any_size:  # a slice would be asked for its strides
         y = y.index_select(1, torch.arange(H, device=x.device)).index_select(2, torch.arange(W, device=x.device))
     elif padded:
         y = y[:, :H, :W].contiguous()
-    if rolled and not pad_first:
-        y = _roll(y, shift, True, shifted)
     return y.unflatten(3, [h, D])
 
 

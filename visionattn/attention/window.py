@@ -24,7 +24,6 @@ class WindowAttention(Mixer):
             each other.
         shift_small_maps: Whether a map not larger than a window is shifted, too, as in the authors' detectors and
             unlike in their classifiers. None: only maps of another size than ``input_size``.
-        pad_first: Whether a map is padded before its windows are shifted, as by the authors, or after, as by timm.
 
     Raises:
         ValueError: If ``window_size`` is not positive.
@@ -41,7 +40,6 @@ class WindowAttention(Mixer):
         shift_small_maps: bool | None = None,
         input_size: tuple[int, int] = (56, 56),
         qkv_bias: bool = True,
-        pad_first: bool = True,
         device=None,
         dtype=None,
     ) -> None:
@@ -54,7 +52,6 @@ class WindowAttention(Mixer):
         self.plain = is_exportable() or is_scriptable()  # timm's switches: layers built under them use plain operators
         self.shift = shift
         self.shift_small_maps = shift_small_maps
-        self.pad_first = pad_first
         self.input_size = (int(input_size[0]), int(input_size[1]))
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * self.window_size - 1) ** 2, num_heads, **dd))
         self.register_buffer("padding", None)  # what fold_input leaves of a padded token
@@ -76,9 +73,7 @@ class WindowAttention(Mixer):
             shift = self.window_size // 2 if self.shift and self.shifted(H, W) else 0
             table = self.relative_position_bias_table
             shifts, scale = [shift, shift], self.scale
-            y = window_attention_plain(
-                qkv, window, shifts, table, padding, self.masked, scale, False, None, self.pad_first
-            )
+            y = window_attention_plain(qkv, window, shifts, table, padding, self.masked, scale)
         else:
             y = self._fused(qkv, H, W, window, padding)
         return self.proj_drop(self.proj(y.flatten(3)))
@@ -89,10 +84,8 @@ class WindowAttention(Mixer):
         arguments = self.relative_position_bias_table, padding, self.masked, self.scale
         if unknown_size():
             shifted = self._shifted_any_size(H, W, qkv.device) if shift else None
-            return window_attention_plain(qkv, window, [shift, shift], *arguments, True, shifted, self.pad_first)
+            return window_attention_plain(qkv, window, [shift, shift], *arguments, True, shifted)
         shift = shift if self.shifted(H, W) else 0
-        if shift and not self.pad_first and (H % window[0] or W % window[1]):
-            return window_attention_plain(qkv, window, [shift, shift], *arguments, False, None, False)
         return window_attention(qkv, window, shift, *arguments, "torch" if self.plain else None)
 
     def shifted(self, H: int, W: int) -> bool:
