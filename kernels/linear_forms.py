@@ -183,6 +183,8 @@ def _products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     if torch.jit.is_scripting():
         return _matrix_products(query, key, value)
     elif _linear_eager.prefers_convolutions(query, key, value):
+        return _linear_eager.convolved_products(query, key, value)
+    elif _linear_eager.runs_in_slices(query):
         return _linear_eager.products(query, key, value)
     else:
         return _matrix_products(query, key, value)
@@ -195,6 +197,9 @@ def _matrix_products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 def _centered(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """``mean(v) + q (k^T v - sum(k) mean(v)) * scale`` of every head: "inline" without a pass for the divisor."""
+    if not torch.jit.is_scripting():
+        if _linear_eager.runs_in_slices(query):
+            return _linear_eager.centered(query, key, value, scale)
     mean = value.mean(1)[:, :, None]  # B h 1 V
     state = key.permute(0, 2, 3, 1) @ value.transpose(1, 2) - key.sum(1)[..., None] * mean
     query, state, mean = (t.flatten(0, 1) for t in (query.transpose(1, 2), state * scale, mean))
