@@ -8,8 +8,8 @@ from torch import Tensor
 
 from visionattn.kernels.tiles import eager
 
-# Features of a slice of the batch, 4 MiB of them. Measured on an AMD EPYC at the stages of Swin and PVT, batch 8: within
-# 10 % of the best of five sizes, mostly, on one thread and on two. Larger slices come back from the system page by page.
+# Features of a slice of the batch, 4 MiB of them. Measured on an AMD EPYC at the stages of Swin and PVT, batch 8, with
+# one and two threads: mostly within 10 % of the best of five sizes. The memory of larger ones comes back page by page.
 SLICE_ELEMENTS = 2**20
 # On one thread PyTorch leaves convolutions of less than 16 samples to another library.
 SAMPLES = 16

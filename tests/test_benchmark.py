@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -410,6 +411,17 @@ def test_plain_nat_reproduces_the_authors_recorded_output(name):
     with torch.inference_mode():
         output = plain(fixture_image(fixture))
     assert relative_error(output, torch.tensor(fixture["output"]["values"])) < 2e-6
+
+
+def test_plain_slab_trains_as_ours_does():
+    plain, ours = models.plain_and_ours("slab_swin_t")
+    x, outputs = torch.randn(1, 3, 224, 224), []
+    for model in (plain.train(), ours.train()):
+        outputs.append(model(x))
+        outputs[-1].square().sum().backward()
+    assert relative_error(outputs[1], outputs[0]) < 1e-5
+    expected = models._gradients(plain, partial(models._names_of_ours, "slab_swin_t"))
+    assert relative_error(models._gradients(ours, dict)[0], expected[0]) < 1e-4
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,8 @@ def _filter_fn(name: str) -> Callable[[dict, nn.Module], dict]:
 def _names_of_ours(name: str, grads: dict[str, Tensor]) -> dict[str, Tensor]:
     with torch.device("meta"):
         ours = timm.create_model(name)
-    return _filter_fn(name)(grads, ours)
+    named = _filter_fn(name)(grads, ours)
+    return {key: grad for key, grad in named.items() if not grad.is_meta}  # as are counters that it adds
 
 
 def _create(name: str, img_size: int, **arguments) -> nn.Module:

@@ -158,11 +158,16 @@ class _RepBN(nn.Module):
         return (self.bn(x) + self.alpha * x).transpose(1, 2)
 
 
+START = 10**12  # forward passes of a schedule so long that all that are measured are its start
+
+
 class _LinearNorm(nn.Module):
     """SLAB's norm: in evaluation the batch norm alone, in training as at the start of the schedule."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
+        for name, value in (("warm", 0), ("iter", START), ("total_step", START)):
+            self.register_buffer(name, torch.tensor(value))
         self.norm1 = nn.LayerNorm(dim)
         self.norm2 = _RepBN(dim)
 
