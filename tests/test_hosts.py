@@ -168,6 +168,14 @@ def test_mixers_take_the_first_blocks_of_a_stage():
     assert kinds == [[True, True], [False, False], [True, True, False], [True]]
 
 
+@pytest.mark.parametrize(
+    ("host", "mixer", "lacks"), [(Swin, "hedgehog", "input_size"), (CSwin, "window", "lepe, stream")]
+)
+def test_a_mixer_that_does_not_fit_a_body_is_refused(host, mixer, lacks):
+    with pytest.raises(ValueError, match=f"mixer '{mixer}' does not fit this body.* it has no {lacks}"):
+        host(mixer=mixer)
+
+
 def test_unsuitable_arguments_raise():
     with pytest.raises(ValueError, match="nowhere"):
         Swin(mixer="nowhere.Attention", **HOSTS[Swin])

@@ -81,7 +81,7 @@ class DeiT(Host, PrefixIsotropic):
         dd = {"device": device, "dtype": dtype}
         norm = norm_factory(norm_layer, EPS, norm_args)
         stem = PrefixPatchEmbed(in_chans, embed_dim, patch_size, img_size, **dd)
-        (made,) = mixers(mixer, [mixer_depth], mixer_args, [depth])
+        (made,) = mixers(mixer, [mixer_depth], mixer_args, [depth], told=("input_size", "num_prefix_tokens"))
         told = dict(input_size=stem.grid_size, num_prefix_tokens=1, **dd)
         rates = calculate_drop_path_rates(drop_path_rate, depth)
         blocks = []
@@ -136,7 +136,7 @@ class DeiTGrid(Host, Isotropic):
         norm = norm_factory(norm_layer, EPS, norm_args)
         unused = Unused(dict(cls_token=(1, 1, embed_dim)), **dd) if unused_token else None
         stem = PatchEmbed(in_chans, embed_dim, patch_size, img_size, unused, **dd)
-        (made,) = mixers(mixer, [mixer_depth], mixer_args, [depth])
+        (made,) = mixers(mixer, [mixer_depth], mixer_args, [depth], told=("input_size",))
         rates = calculate_drop_path_rates(drop_path_rate, depth)
         blocks = []
         for make, rate in zip(made, rates, strict=True):

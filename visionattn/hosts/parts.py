@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from inspect import signature
 
 import torch
 import torch.nn.functional as F
@@ -191,6 +192,7 @@ def mixers(
     mixer_depths: Sequence[int | None] | None,
     mixer_args: MixerArgs | None,
     depths: Sequence[int],
+    told: Sequence[str] = (),
 ) -> list[list[Factory | None]]:
     """What makes the mixer of every block of every stage; None where the host's own attention stays.
 
@@ -199,13 +201,23 @@ def mixers(
         mixer_depths: How many blocks of each stage have it, from the first; None for all of a stage or of all stages.
         mixer_args: Arguments of the mixer, for all stages or one mapping a stage.
         depths: Blocks of each stage.
+        told: Names of arguments that the caller will give every mixer.
 
     Raises:
-        ValueError: If there is no such mixer or a number does not fit the stages.
+        ValueError: If there is no such mixer, it does not take what it will be told, or a number does not fit the
+            stages.
     """
     if mixer is None:
         return [[None] * depth for depth in depths]
     cls = find_mixer(mixer)
+    parameters = signature(cls).parameters.values()
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        missing = [name for name in told if name not in {p.name for p in parameters}]
+        if missing:
+            raise ValueError(
+                f"mixer {mixer!r} does not fit this body, whose mixers take {', '.join(told)}: it has no "
+                f"{', '.join(missing)}; subclasses of visionattn.attention.Mixer have them"
+            )
     counts = [None] * len(depths) if mixer_depths is None else list(mixer_depths)
     shared = mixer_args is None or isinstance(mixer_args, Mapping)
     args = [mixer_args or {}] * len(depths) if shared else list(mixer_args)

@@ -130,7 +130,7 @@ class PVT(Host, Pyramid):
         dd = {"device": device, "dtype": dtype}
         norm = norm_factory(norm_layer, EPS, norm_args)
         patch_norm = norm_factory(norm_layer, PATCH_EPS if norm_layer == "layernorm" else EPS, norm_args)
-        made = mixers(mixer, mixer_depths, mixer_args, depths)
+        made = mixers(mixer, mixer_depths, mixer_args, depths, told=("input_size",))
         rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
         mlp_class = ConvMlp if self.overlapping else Mlp
         size = to_2tuple(img_size)

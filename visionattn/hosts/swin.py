@@ -121,7 +121,7 @@ class Swin(Host, Pyramid):
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         norm = norm_factory(norm_layer, EPS, norm_args)
-        made = mixers(mixer, mixer_depths, mixer_args, depths)
+        made = mixers(mixer, mixer_depths, mixer_args, depths, told=("input_size",))
         rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
         widths = [embed_dim * 2**i for i in range(len(depths))]
         stem = StridedConv(in_chans, embed_dim, 4, 4, whole=True, norm=norm, **dd)
