@@ -147,20 +147,29 @@ class _WindowAttention(torch.autograd.Function):
         grad = _rows(grad, None, tables.padded)
         total = grad.new_zeros(h, S, S) if ctx.needs_input_grad[1] else None
         padding = grad.new_zeros(3, h, D) if ctx.needs_input_grad[2] else None
-        out = grad.new_empty(3, B * tables.total, D)
-        saved, first = ctx.saved_tensors, 0
-        for i, kind in enumerate(tables.kinds):
-            grads = grad.index_select(1, kind.target).view(-1, S, D)
-            own = out[:, first : first + len(grads) * S].view(3, -1, S, D)
-            first += len(grads) * S
-            _attend_backward(*saved[4 * i : 4 * i + 4], grads, own, total, h, scale)
-            if padding is not None:
-                outside = (kind.target >= H * W * h).view(-1, h, S, 1)
-                padding += (own.view(3, B, -1, h, S, D) * outside).sum((1, 2, 4))
-        dqkv = None
-        if ctx.needs_input_grad[0]:
-            places = _places(tables, B).view(B, H * W, 1, h) + torch.arange(3)[:, None] * (B * tables.total)
-            dqkv = out.view(-1, D).index_select(0, places.flatten()).view(ctx.shape)
+        dqkv = grad.new_empty(B, 3 * H * W * h, D)
+        saved = [t.view(B, -1, *t.shape[1:]) for t in ctx.saved_tensors]
+        images = max(
+            1, LOGITS // (tables.total * S)
+        )  # at a time: all at once need as much memory as the gradients again
+        for first in range(0, B, images):
+            at = slice(first, first + images)
+            rows = grad[at]
+            out = grad.new_empty(3, len(rows) * tables.total, D)
+            before = 0
+            for i, kind in enumerate(tables.kinds):
+                grads = rows.index_select(1, kind.target).view(-1, S, D)
+                own = out[:, before : before + len(grads) * S].view(3, -1, S, D)
+                before += len(grads) * S
+                kept = (t[at].flatten(0, 1) for t in saved[4 * i : 4 * i + 4])
+                _attend_backward(*kept, grads, own, total, h, scale)
+                if padding is not None:
+                    outside = (kind.target >= H * W * h).view(-1, h, S, 1)
+                    padding += (own.view(3, len(rows), -1, h, S, D) * outside).sum((1, 2, 4))
+            places = _places(tables, len(rows)).view(len(rows), H * W, 1, h)
+            places = places + torch.arange(3)[:, None] * (len(rows) * tables.total)
+            torch.index_select(out.view(-1, D), 0, places.flatten(), out=dqkv[at].view(-1, D))
+        dqkv = dqkv.view(ctx.shape) if ctx.needs_input_grad[0] else None
         return dqkv, None if total is None else table_gradient(total, *window), padding, None, None, None, None
 
 
