@@ -114,6 +114,12 @@ def transformed() -> bool:
 transformed._dynamo_marked_constant = True  # a compiler asks once, while it traces, and cannot look inside
 
 
+def eager(x: Tensor) -> bool:
+    """Whether a tensor is a plain one with values: nothing traces, compiles, maps or differentiates by torch.func."""
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return type(x) in (Tensor, torch.nn.Parameter) and not recorded and not transformed()
+
+
 def autocasting(x: Tensor) -> bool:
     """Whether autocast is on for the device of ``x``; meta has none, and asking it raises."""
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)

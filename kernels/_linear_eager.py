@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visionattn.kernels.tiles import eager
+from visionattn.kernels._dispatch import eager
 
 # Features of a slice of the batch, 4 MiB of them. Measured on an AMD EPYC at the stages of Swin and PVT, batch 8, with
 # one and two threads: mostly within 10 % of the best of five sizes. The memory of larger ones comes back page by page.
@@ -81,60 +81,6 @@ def _result(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         return out, out.transpose(1, 2)
     heads = torch.empty(B, h, N, value.shape[-1], dtype=query.dtype, device=query.device)
     return heads.transpose(1, 2), heads
-
-
-class Focused(torch.autograd.Function):
-    """Focused features, a few samples after the other in place; the backward pass needs nothing but the input.
-
-    Arguments as in ``linear_forms._focused``.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, power: float, divisor: Tensor) -> Tensor:
-        ctx.save_for_backward(x, divisor)
-        ctx.power = power
-        y = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-        for source, out in zip(*_slices(x, y), strict=True):
-            _, _, norm = _sharpened(source, power, divisor, out)
-            out.mul_(norm)
-        return y
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
-        x, divisor = ctx.saved_tensors
-        if torch.is_grad_enabled():  # somebody wants to differentiate this, too
-            from visionattn.kernels.linear_forms import _focused
-
-            needed = [t for t in (x, divisor) if t.requires_grad]
-            grads = iter(torch.autograd.grad(_focused(x, ctx.power, divisor), needed, grad, create_graph=True))
-            return next(grads) if x.requires_grad else None, None, next(grads) if divisor.requires_grad else None
-        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        dfactor = torch.zeros(x.shape[2:], dtype=grad.dtype, device=x.device)
-        unit = torch.empty_like(grad[: samples_in_cache(x)])
-        for source, g, out in zip(*_slices(x, grad, dx), strict=True):
-            u = unit[: len(source)]
-            positive, y, norm = _sharpened(source, ctx.power, divisor, u)
-            along = (g * u).sum((-2, -1), keepdim=True)
-            # Through the norm of y, and through the direction of its power, where the maximum cancels.
-            dy = torch.addcmul(g, u, along, value=-1).mul_(u).mul_(norm * ctx.power).div_(y)
-            dy.addcmul_(y, along.div_(norm))
-            dfactor += (dy * positive).sum((0, 1))
-            out.copy_(dy.div_(divisor).mul_(source > 0))
-        factor = divisor.to(grad.dtype).reciprocal()
-        return dx, None, (dfactor * -factor.square()).sum_to_size(divisor.shape).to(divisor.dtype)
-
-
-def _slices(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    return [t.split(samples_in_cache(tensors[0])) for t in tensors]
-
-
-def _sharpened(x: Tensor, power: float, divisor: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The direction of the sharpened tokens into ``out``; relu(x) + 1e-6, what that is divided, and its norm."""
-    positive = x.to(out.dtype).clamp(min=0).add_(1e-6)
-    y = positive / divisor.to(out.dtype)
-    torch.div(y, y.amax((-2, -1), keepdim=True), out=out).pow_(power)
-    out.div_(torch.linalg.vector_norm(out, dim=(-2, -1), keepdim=True))
-    return positive, y, torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True)
 
 
 def runs_in_slices(q: Tensor) -> bool:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from visionattn.kernels.tiles import eager
+from visionattn.kernels._dispatch import eager
 from visionattn.kernels.window_plain import dense_bias, shift_mask
 
 __all__ = ["covers", "table_gradient", "window_attention_eager"]
@@ -60,8 +60,7 @@ def covers(qkv: Tensor, bias: Tensor | None, padding: Tensor | None) -> bool:
     """Whether tensors are such that :func:`window_attention_eager` can take them and is the fastest."""
     if qkv.device.type != "cpu" or qkv.dtype not in (torch.float32, torch.float64) or qkv.numel() == 0:
         return False
-    others = (t for t in (bias, padding) if t is not None)
-    return eager(qkv) and all(type(t) in (Tensor, torch.nn.Parameter) and t.dtype == qkv.dtype for t in others)
+    return all(t is None or (eager(t) and t.dtype == qkv.dtype) for t in (qkv, bias, padding))
 
 
 @lru_cache(maxsize=64)

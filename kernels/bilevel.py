@@ -18,6 +18,7 @@ from torch import Tensor
 
 from visionattn.kernels import _dispatch
 from visionattn.kernels._bilevel_chunks import chunked_attention
+from visionattn.kernels._dispatch import eager
 from visionattn.kernels.bilevel_regions import (
     cut,
     from_regions,
@@ -27,7 +28,6 @@ from visionattn.kernels.bilevel_regions import (
     to_regions,
 )
 from visionattn.kernels.bilevel_triton import bilevel_attention_triton, unsupported
-from visionattn.kernels.tiles import eager
 from visionattn.kernels.windows import per_axis
 
 # Up to here a mask over all pairs of tokens measured faster than copies of the routed regions.

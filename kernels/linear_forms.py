@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visionattn.kernels import _dispatch, _linear_eager, _rotate_op
+from visionattn.kernels._dispatch import eager
+from visionattn.kernels._focused_eager import Focused, focused_plain
 from visionattn.kernels._focused_triton import focused_triton, unsupported
-from visionattn.kernels.tiles import eager
 
 FEATURE_MAPS = ("identity", "relu", "relu2", "elu+1", "exp", "softmax", "focused")
 NORMALIZERS = ("sum", "mean", "none", "inline", "magnitude")
@@ -66,7 +67,7 @@ def focused(x: Tensor, power: float = 3.0, scale: Tensor | None = None, backend:
     if scale is not None:
         divisor = F.softplus(scale).reshape(x.shape[-2], x.shape[-1])
     if torch.jit.is_scripting():
-        return _focused(x, power, divisor)
+        return focused_plain(x, power, divisor)
     else:
         return _fastest_focused(x, power, divisor, backend)
 
@@ -76,17 +77,8 @@ def _fastest_focused(x: Tensor, power: float, divisor: Tensor, backend: str | No
     if chosen == "triton":
         return focused_triton(x, power, divisor)
     if chosen == "torch" and x.device.type == "cpu" and x.numel() > 0 and eager(x):
-        return _linear_eager.Focused.apply(x, power, divisor)
-    return _focused(x, power, divisor)
-
-
-def _focused(x: Tensor, power: float, divisor: Tensor) -> Tensor:
-    y = precise(x)
-    y = (F.relu(y) + 1e-6) / divisor.to(y.dtype)
-    # Divided by its largest element, a power neither overflows nor vanishes; the norm below takes the factor out.
-    sharp = (y / y.amax((-2, -1), keepdim=True)) ** power
-    norm = torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True)
-    return sharp * (norm / torch.linalg.vector_norm(sharp, dim=(-2, -1), keepdim=True))
+        return Focused.apply(x, power, divisor)
+    return focused_plain(x, power, divisor)
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

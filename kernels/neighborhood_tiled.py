@@ -31,7 +31,7 @@ def neighborhood_attention_tiled(
     """Attention tile by tile, a few tiles at once. Arguments as in :func:`neighborhood_attention`, one value per axis.
 
     Args:
-        eager: Whether tensors are plain ones with values, see :func:`tiles.eager`.
+        eager: Whether tensors are plain ones with values, see :func:`_dispatch.eager`.
     """
     groups, tables = tiles.cut(q, kernel_size, dilation, is_causal, kept=eager)
     masks: list[Tensor | None] = [None] * len(groups)

@@ -10,7 +10,7 @@ import operator
 import torch
 from torch import Tensor
 
-from visionattn.kernels import _dispatch, tiles
+from visionattn.kernels import _dispatch
 from visionattn.kernels._neighborhood_op import neighborhood_attention_op
 from visionattn.kernels.neighborhood_plain import neighborhood_attention_plain
 from visionattn.kernels.neighborhood_tiled import neighborhood_attention_tiled
@@ -35,7 +35,7 @@ def neighborhood_attention_torch(
     derivatives without a trained bias need the reference.
     """
     arguments = (q, k, v, kernel_size, dilation, bias, is_causal, scale)
-    eager = tiles.eager(q)
+    eager = _dispatch.eager(q)
     if not eager and _dispatch.exporting():  # for any size, and the same graph whether or not gradients are on
         return neighborhood_attention_plain(*arguments)
     if math.prod(kernel_size) == 1:  # nothing to share

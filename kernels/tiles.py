@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visionattn.kernels import _dispatch
 from visionattn.kernels.windows import first_seen, window_start
 
 # Measured on the CPU with head dim 32: a tile of n queries costs as much as n + 24 times the keys it sees, and another
@@ -218,12 +217,6 @@ def tables(
         for axis, K, c in zip(group.axes, window, causal, strict=True)
     )
     return Tables(queries, keys, inverse, bias, dense)
-
-
-def eager(x: Tensor) -> bool:
-    """Whether a tensor is a plain one with values: nothing traces, compiles, maps or differentiates by torch.func."""
-    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return type(x) is Tensor and not recorded and not _dispatch.transformed()
 
 
 def cut(

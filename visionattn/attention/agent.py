@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from visionattn.attention.mixer import Mixer
 from visionattn.blocks import DepthwiseConv, resize_table
-from visionattn.kernels import autocasting
-from visionattn.kernels.tiles import eager
+from visionattn.kernels import autocasting, eager
 
 __all__ = ["AgentAttention"]
 

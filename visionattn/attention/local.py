@@ -12,8 +12,8 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from visionattn.blocks import Linear
-from visionattn.kernels import autocast, exporting
-from visionattn.kernels.tiles import Axis, Group, Run, eager, positions
+from visionattn.kernels import autocast, eager, exporting
+from visionattn.kernels.tiles import Axis, Group, Run, positions
 
 __all__ = ["CircularWindowAttention", "HaloAttention", "circular_attention"]
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from timm.layers import Attention
@@ -37,33 +38,33 @@ class Pair(NamedTuple):
 
 def _linear(name: str, ours: Callable[..., nn.Module]) -> Callable[[int, int, int], Pair]:
     def build(dim: int, heads: int, side: int) -> Pair:
-        return Pair(lambda: PLAIN[name](dim, heads, side), lambda: ours(dim, heads, input_size=(side, side)))
+        return Pair(partial(PLAIN[name], dim, heads, side), partial(ours, dim, heads, input_size=(side, side)))
 
     return build
 
 
 def _agent(dim: int, heads: int, side: int) -> Pair:
     agents = AGENTS.get(side, 49)
-    ours = lambda: AgentAttention(dim, heads, agents, input_size=(side, side))  # noqa: E731
-    return Pair(lambda: PLAIN["agent"](dim, heads, side, agents), ours)
+    ours = partial(AgentAttention, dim, heads, agents, input_size=(side, side))
+    return Pair(partial(PLAIN["agent"], dim, heads, side, agents), ours)
 
 
 def _softmax(dim: int, heads: int, side: int) -> Pair:
-    return Pair(lambda: Attention(dim, heads, qkv_bias=True), lambda: SoftmaxMixer(dim, heads))
+    return Pair(partial(Attention, dim, heads, qkv_bias=True), partial(SoftmaxMixer, dim, heads))
 
 
 def _spatial_reduction(dim: int, heads: int, side: int) -> Pair:
     ratio = RATIOS.get(side, 1)
-    plain = lambda: PlainSpatialReduction(dim, heads, ratio, linear_attn=False)  # noqa: E731
-    return Pair(plain, lambda: SpatialReductionAttention(dim, heads, ratio), sized=True)
+    plain = partial(PlainSpatialReduction, dim, heads, ratio, linear_attn=False)
+    return Pair(plain, partial(SpatialReductionAttention, dim, heads, ratio), sized=True)
 
 
 def _cross_shaped(dim: int, heads: int, side: int) -> Pair:
     split, heads = SPLITS.get(side, 7), heads + heads % 2
     if dim % heads:
         raise ValueError(f"cross-shaped attention takes an even number of heads of 32 channels, got {dim} channels")
-    plain = lambda: PlainCrossShaped(dim, heads, (side, side), split)  # noqa: E731
-    return Pair(plain, lambda: CrossShapedAttention(dim, heads, split))
+    plain = partial(PlainCrossShaped, dim, heads, (side, side), split)
+    return Pair(plain, partial(CrossShapedAttention, dim, heads, split))
 
 
 # Name: what it is, and a function of channels, heads and side of the map.
