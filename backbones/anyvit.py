@@ -14,10 +14,10 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from visionattn.attention.mixer import MixerLike, find_mixer
-from visionattn.backbone import build_backbone
-from visionattn.blocks import PreNormBlock
-from visionattn.isotropic import Isotropic
-from visionattn.patch_embed import PatchEmbed, resize_position_embedding
+from visionattn.frames.backbone import build_backbone
+from visionattn.frames.isotropic import Isotropic
+from visionattn.layers.blocks import PreNormBlock
+from visionattn.layers.patch_embed import PatchEmbed, resize_position_embedding
 from visionattn.weights import pretrained_cfgs
 
 __all__ = ["AnyViT"]

@@ -15,10 +15,10 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from visionattn.attention import BiLevelRoutingAttention, LePEAttention
-from visionattn.backbone import Pyramid, Stage, build_backbone
-from visionattn.blocks import DepthwiseConv, PreNormBlock, ScaledResidual, to_channels_last
-from visionattn.checkpoints import rename_checkpoint
+from visionattn.frames.backbone import Pyramid, Stage, build_backbone
+from visionattn.layers.blocks import DepthwiseConv, PreNormBlock, ScaledResidual, to_channels_last
 from visionattn.weights import pretrained_cfgs
+from visionattn.weights.rename import rename_checkpoint
 
 __all__ = ["BiFormer"]
 

@@ -7,10 +7,10 @@ change of May 2024, which divides by means instead of sums.
 
 from timm.models import generate_default_cfgs, register_model
 
-from visionattn.backbone import build_backbone
+from visionattn.frames.backbone import build_backbone
 from visionattn.hosts import PVT, CSwin, PVTv2, Swin
-from visionattn.hosts.convert import checkpoint_filter_fn
 from visionattn.hosts.parts import Host
+from visionattn.hosts.release import checkpoint_filter_fn
 from visionattn.weights import pretrained_cfgs
 
 __all__ = ["checkpoint_filter_fn"]

@@ -13,11 +13,11 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from visionattn.attention import FlowAttention
-from visionattn.backbone import Pyramid, Stage, build_backbone, update_model_input_size
-from visionattn.blocks import PreNormBlock
-from visionattn.checkpoints import rename_checkpoint
-from visionattn.patch_embed import PatchEmbed, resize_position_embedding
+from visionattn.frames.backbone import Pyramid, Stage, build_backbone, update_model_input_size
+from visionattn.layers.blocks import PreNormBlock
+from visionattn.layers.patch_embed import PatchEmbed, resize_position_embedding
 from visionattn.weights import pretrained_cfgs
+from visionattn.weights.rename import rename_checkpoint
 
 __all__ = ["Flowformer"]
 

@@ -14,11 +14,11 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from visionattn.attention import HiLoAttention
-from visionattn.backbone import Pyramid, Stage, build_backbone
-from visionattn.blocks import DepthwiseConv, Mlp, ScaledResidual, pad_to_multiple
-from visionattn.checkpoints import rename_checkpoint
-from visionattn.token_merging import DeformableTokenMerging
+from visionattn.frames.backbone import Pyramid, Stage, build_backbone
+from visionattn.layers.blocks import DepthwiseConv, Mlp, ScaledResidual, pad_to_multiple
+from visionattn.layers.token_merging import DeformableTokenMerging
 from visionattn.weights import pretrained_cfgs
+from visionattn.weights.rename import rename_checkpoint
 
 __all__ = ["LITv2"]
 

@@ -7,10 +7,10 @@ Same computation; ``timm.models.reparameterize_model`` and ``model.reparameteriz
 
 from timm.models import generate_default_cfgs, register_model
 
-from visionattn.backbone import build_backbone
+from visionattn.frames.backbone import build_backbone
 from visionattn.hosts import PVT, CSwin, DeiT, DeiTGrid, Swin
-from visionattn.hosts.convert import checkpoint_filter_fn
 from visionattn.hosts.parts import Host
+from visionattn.hosts.release import checkpoint_filter_fn
 from visionattn.weights import pretrained_cfgs
 
 __all__ = ["checkpoint_filter_fn"]

@@ -1,6 +1,7 @@
 """Operators of the backbones: a plain reference, a fast PyTorch form and Triton kernels behind one function each."""
 
-from visionattn.kernels._dispatch import (
+from visionattn.kernels.bilevel.op import bilevel_routing_attention
+from visionattn.kernels.common.backend import (
     BackendError,
     autocast,
     autocasting,
@@ -10,17 +11,16 @@ from visionattn.kernels._dispatch import (
     set_backend,
     use_backend,
 )
-from visionattn.kernels.bilevel import bilevel_routing_attention
+from visionattn.kernels.dense import linear
 from visionattn.kernels.depthwise import depthwise_conv2d
-from visionattn.kernels.flow_attention import flow_attention
-from visionattn.kernels.gated_pointwise import gated_pointwise
-from visionattn.kernels.linear import linear
-from visionattn.kernels.linear_attention import linear_attention
-from visionattn.kernels.linear_forms import focused, rotary_tables
-from visionattn.kernels.neighborhood import neighborhood_attention
-from visionattn.kernels.neighborhood_plain import neighborhood_attention_plain
-from visionattn.kernels.window_attention import window_attention
-from visionattn.kernels.window_plain import window_attention_plain
+from visionattn.kernels.flow import flow_attention
+from visionattn.kernels.linear_attn.forms import focused, rotary_tables
+from visionattn.kernels.linear_attn.op import linear_attention
+from visionattn.kernels.neighborhood.export import neighborhood_attention_plain
+from visionattn.kernels.neighborhood.op import neighborhood_attention
+from visionattn.kernels.pointwise import gated_pointwise
+from visionattn.kernels.window.export import window_attention_plain
+from visionattn.kernels.window.op import window_attention
 
 __all__ = [
     "BackendError",

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visionattn.kernels import _dispatch, _triton
-from visionattn.kernels._flops import flop_formula
-from visionattn.kernels._triton import jit, tl
+from visionattn.kernels.common import backend as _dispatch
+from visionattn.kernels.common import jit as _triton
+from visionattn.kernels.common.flops import flop_formula
+from visionattn.kernels.common.jit import jit, tl
 
 TRITON_SIDES = (3, 5, 7)
 WEIGHT_GRAD_STEPS = 16

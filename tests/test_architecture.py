@@ -85,7 +85,7 @@ def test_nothing_is_imported_by_its_folder_s_bare_name():
 def test_private_names_of_timm_are_imported_in_one_place():
     private = re.compile(r"timm(\.\w+)*\._\w+")
     users = {m for m, path in sources().items() if any(private.fullmatch(n) for n in imported(path))}
-    assert users == {"visionattn.backbone"}
+    assert users == {"visionattn.frames.backbone"}
 
 
 def run(code: str, **kwargs) -> str:

@@ -20,8 +20,8 @@ from visionattn.attention import (
 from visionattn.attention.hedgehog import transfer
 from visionattn.attention.mixer import short_names
 from visionattn.benchmark.converted import CONVERTED, convert
-from visionattn.blocks import Linear
 from visionattn.convert import replace_attention
+from visionattn.layers.blocks import Linear
 
 VIT = dict(img_size=64, embed_dim=16, depth=3, num_heads=2, num_classes=5)
 SWIN = dict(img_size=64, embed_dim=8, depths=(2, 2), num_heads=(2, 4), window_size=4, num_classes=5)

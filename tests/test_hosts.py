@@ -22,8 +22,8 @@ from visionattn.attention import (
     agent,
 )
 from visionattn.hosts import PVT, CSwin, DeiT, DeiTGrid, PVTv2, Swin
-from visionattn.hosts.convert import _fit, checkpoint_filter_fn
-from visionattn.norms import PRepBN
+from visionattn.hosts.release import _fit, checkpoint_filter_fn
+from visionattn.layers.norms import PRepBN
 
 # Exact, as counted on the authors' code.
 PARAMETERS = {

@@ -18,7 +18,7 @@ import timm
 import timm.models
 import visionattn
 
-from visionattn.isotropic import PrefixIsotropic
+from visionattn.frames.isotropic import PrefixIsotropic
 
 _list = timm.list_models
 _OURS = set(visionattn.list_models())

@@ -1,6 +1,6 @@
 """``python -m visionattn`` is the command ``visionattn``."""
 
-from visionattn.zoo.cli import main
+from visionattn.weights.commands.cli import main
 
 if __name__ == "__main__":
     main()

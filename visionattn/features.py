@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-from visionattn.checkpoints import unwrap
+from visionattn.weights.rename import unwrap
 
 __all__ = ["FPNBackbone", "FeatureBackbone"]
 

@@ -39,7 +39,7 @@ def test_slices_of_a_batch_are_the_batch(monkeypatch):
     layer = FlowAttention(24, 3).eval()
     x = torch.randn(4, 6, 5, 24)
     expected = layer(x)
-    monkeypatch.setattr("visionattn.blocks.SLICE_BYTES", 1)
+    monkeypatch.setattr("visionattn.layers.blocks.SLICE_BYTES", 1)
     with torch.inference_mode():
         torch.testing.assert_close(layer(x), expected)
 

@@ -11,9 +11,9 @@ import visionattn  # noqa: F401
 from tests.parity import fixture_image, fixture_weights, load_fixture, relative_error
 from visionattn.attention import BiLevelRoutingAttention, LePEAttention
 from visionattn.backbones.biformer import BiFormer, checkpoint_filter_fn
-from visionattn.benchmark import plain_biformer
 from visionattn.benchmark.models import randomize_
-from visionattn.hub.locate import cache_name
+from visionattn.benchmark.plain import biformer as plain_biformer
+from visionattn.weights.locate import cache_name
 
 PARAMETERS = {
     "biformer_tiny": 13_142_760,

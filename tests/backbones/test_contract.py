@@ -18,7 +18,7 @@ from timm.models import group_parameters, save_for_hf
 from timm.optim import create_optimizer_v2
 
 import visionattn
-from visionattn.isotropic import Isotropic, PrefixIsotropic
+from visionattn.frames.isotropic import Isotropic, PrefixIsotropic
 
 # One registered name of each family, with arguments that make it small without changing its kind.
 SMALL = {

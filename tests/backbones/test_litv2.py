@@ -11,8 +11,8 @@ from tests.parity import fixture_image, fixture_weights, load_fixture, relative_
 from visionattn.attention import HiLoAttention
 from visionattn.backbones.litv2 import Block, DepthwiseMlp, LITv2, checkpoint_filter_fn
 from visionattn.benchmark.models import randomize_
-from visionattn.benchmark.plain_litv2 import PlainLITv2
-from visionattn.token_merging import DeformableTokenMerging
+from visionattn.benchmark.plain.litv2 import PlainLITv2
+from visionattn.layers.token_merging import DeformableTokenMerging
 
 PARAMETERS = {
     "litv2_small": 27_844_000,

@@ -6,7 +6,7 @@ from torch import nn
 from torchvision.ops import deform_conv2d
 
 from tests.parity import relative_error
-from visionattn.token_merging import DeformableTokenMerging
+from visionattn.layers.token_merging import DeformableTokenMerging
 
 pytestmark = [
     pytest.mark.gpu,

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from visionattn.kernels import bilevel_routing_attention
-from visionattn.kernels.bilevel_triton import bilevel_attention_triton, invert, unsupported
+from visionattn.kernels.bilevel.triton import bilevel_attention_triton, invert, unsupported
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter computes nonsense in bfloat16.

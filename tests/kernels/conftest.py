@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from visionattn.kernels import _dispatch, set_backend
+from visionattn.kernels import set_backend
+from visionattn.kernels.common import backend as _dispatch
 
 ROOT = Path(__file__).resolve().parents[2]
 

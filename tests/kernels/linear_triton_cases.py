@@ -7,8 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from visionattn.kernels import focused, linear_attention, rotary_tables, use_backend
-from visionattn.kernels._linear_triton import IN_KERNEL, unsupported
-from visionattn.kernels.linear_forms import NORMALIZERS
+from visionattn.kernels.linear_attn.forms import NORMALIZERS
+from visionattn.kernels.linear_attn.triton import IN_KERNEL, unsupported
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -80,7 +80,7 @@ def test_focused_features_read_tokens_of_any_strides_once(shape, power):
 
 
 def test_focused_features_split_their_sums_and_pass_opcheck(monkeypatch):
-    from visionattn.kernels import _focused_triton
+    from visionattn.kernels.focused_map import triton as _focused_triton
 
     x, factor = torch.randn(2, 150, 64, device=DEVICE).requires_grad_(), torch.rand(64, device=DEVICE).requires_grad_()
     gradients = []
@@ -116,7 +116,7 @@ def test_wide_heads():
 
 
 def test_sums_are_split_for_small_batches_and_added_up_in_a_fixed_order(monkeypatch):
-    from visionattn.kernels import _linear_triton
+    from visionattn.kernels.linear_attn import triton as _linear_triton
 
     tensors = make(100, h=1)
     runs = []
@@ -226,7 +226,7 @@ def test_flops_count_both_products():
 
 
 def test_what_is_not_covered_is_told():
-    from visionattn.kernels.linear_forms import Form
+    from visionattn.kernels.linear_attn.forms import Form
 
     form = Form("relu", "relu", "sum", 1.0, 1e-6, False, False)
     q = torch.empty(1, 4, 1, 144, device=DEVICE)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from visionattn.kernels.neighborhood import neighborhood_attention_reference
-from visionattn.kernels.neighborhood_triton import neighborhood_attention_triton, unsupported
+from visionattn.kernels.neighborhood.op import neighborhood_attention_reference
+from visionattn.kernels.neighborhood.triton import neighborhood_attention_triton, unsupported
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter computes nonsense in bfloat16.

@@ -8,8 +8,9 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 from visionattn.benchmark.measure import peak_memory
-from visionattn.kernels import _bilevel_chunks, bilevel_routing_attention
-from visionattn.kernels.bilevel_regions import cut, from_regions, region_means, route_regions, to_regions
+from visionattn.kernels import bilevel_routing_attention
+from visionattn.kernels.bilevel import chunks as _bilevel_chunks
+from visionattn.kernels.bilevel.regions import cut, from_regions, region_means, route_regions, to_regions
 
 BACKENDS = ("torch", "reference")
 

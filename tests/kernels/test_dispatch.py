@@ -7,14 +7,14 @@ import torch
 
 from visionattn.kernels import (
     BackendError,
-    _dispatch,
-    _triton,
     depthwise_conv2d,
     gated_pointwise,
     get_backend,
     set_backend,
     use_backend,
 )
+from visionattn.kernels.common import backend as _dispatch
+from visionattn.kernels.common import jit as _triton
 
 ONLY_KERNELS = """
 import sys, types

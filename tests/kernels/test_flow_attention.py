@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from visionattn.kernels import flow_attention, use_backend
-from visionattn.kernels.flow_attention import flow_attention_reference, flow_attention_torch
+from visionattn.kernels.flow import flow_attention_reference, flow_attention_torch
 
 
 def qkv(B=2, L=7, S=None, h=2, D=3, V=None, dtype=torch.float64, scale=1.0):

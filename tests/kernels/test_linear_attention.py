@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from visionattn.kernels import _linear_eager, focused, linear_attention, rotary_tables
-from visionattn.kernels._focused_eager import focused_plain
-from visionattn.kernels.linear_forms import FEATURE_MAPS, NORMALIZERS, rotate_pairs
+from visionattn.kernels import focused, linear_attention, rotary_tables
+from visionattn.kernels.focused_map.cpu import focused_plain
+from visionattn.kernels.linear_attn import cpu as _linear_eager
+from visionattn.kernels.linear_attn.forms import FEATURE_MAPS, NORMALIZERS, rotate_pairs
 
 
 def make(N=13, M=None, h=2, D=8, V=None, B=2, dtype=torch.float64, seed=0):

@@ -9,8 +9,9 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 from visionattn.benchmark.measure import peak_memory
-from visionattn.kernels import neighborhood_attention, neighborhood_attention_plain, tiles
-from visionattn.kernels.windows import axis_windows, map_windows, per_axis
+from visionattn.kernels import neighborhood_attention, neighborhood_attention_plain
+from visionattn.kernels.neighborhood import tiles
+from visionattn.kernels.neighborhood.geometry import axis_windows, map_windows, per_axis
 
 BACKENDS = ("torch", "reference")
 

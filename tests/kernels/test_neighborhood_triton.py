@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from visionattn.kernels._neighborhood_launch import halo
-from visionattn.kernels.windows import window_start
+from visionattn.kernels.neighborhood.geometry import window_start
+from visionattn.kernels.neighborhood.launches import halo
 
 CASES = str(Path(__file__).with_name("neighborhood_triton_cases.py"))
 

@@ -7,8 +7,9 @@ from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
 from torch.autograd import gradcheck
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from visionattn.kernels import _window_eager, set_backend, window_attention, window_attention_plain
-from visionattn.kernels.window_plain import relative_index
+from visionattn.kernels import set_backend, window_attention, window_attention_plain
+from visionattn.kernels.window import cpu as _window_eager
+from visionattn.kernels.window.export import relative_index
 
 INF = float("inf")
 CASES = {  # B, H, W, h, D, window, shift

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from visionattn.kernels import window_triton
-from visionattn.kernels.window_attention import window_attention_reference
-from visionattn.kernels.window_triton import unsupported, window_attention_triton
+from visionattn.kernels.window import triton as window_triton
+from visionattn.kernels.window.op import window_attention_reference
+from visionattn.kernels.window.triton import unsupported, window_attention_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter computes nonsense in bfloat16.

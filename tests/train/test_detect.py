@@ -14,8 +14,8 @@ from PIL import Image
 from tests.train.dense_data import CATEGORY_IDS, coco, save, scenes, voc_boxes
 from visionattn.train.cli import run
 from visionattn.train.data import Objects
+from visionattn.train.dense.detect import MeanAP
 from visionattn.train.dense.detector import DETECTORS, Detector
-from visionattn.train.detect import MeanAP
 from visionattn.train.errors import UserError
 
 pytest.importorskip("faster_coco_eval")

@@ -5,7 +5,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 
-from visionattn.token_merging import DeformableTokenMerging
+from visionattn.layers.token_merging import DeformableTokenMerging
 from visionattn.train.optim import create_optimizer, param_groups, warmup_cosine
 
 

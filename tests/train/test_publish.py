@@ -6,9 +6,10 @@ import pytest
 import timm
 import torch
 
-from visionattn.hub import WeightsError
 from visionattn.train.predict import load
-from visionattn.zoo import publish, push
+from visionattn.weights import WeightsError
+from visionattn.weights.commands import publish
+from visionattn.weights.commands.publish import push
 
 
 @pytest.fixture

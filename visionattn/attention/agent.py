@@ -8,8 +8,8 @@ from timm.layers import register_notrace_module, trunc_normal_
 from torch import Tensor, nn
 
 from visionattn.attention.mixer import Mixer
-from visionattn.blocks import DepthwiseConv, resize_table
 from visionattn.kernels import autocasting, eager
+from visionattn.layers.blocks import DepthwiseConv, resize_table
 
 __all__ = ["AgentAttention"]
 

@@ -8,9 +8,8 @@ import torch.nn.functional as F
 from timm.layers import is_exportable, is_scriptable, register_notrace_module
 from torch import Tensor, nn
 
-from visionattn.blocks import DepthwiseConv, Linear
-from visionattn.kernels import _dispatch, bilevel_routing_attention
-from visionattn.kernels.bilevel_regions import (
+from visionattn.kernels import bilevel_routing_attention
+from visionattn.kernels.bilevel.regions import (
     crop_map,
     cut,
     from_regions,
@@ -20,6 +19,8 @@ from visionattn.kernels.bilevel_regions import (
     route_regions,
     to_regions,
 )
+from visionattn.kernels.common import backend as _dispatch
+from visionattn.layers.blocks import DepthwiseConv, Linear
 
 __all__ = ["BiLevelRoutingAttention", "LePEAttention"]
 

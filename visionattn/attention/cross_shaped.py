@@ -6,7 +6,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from visionattn.attention.mixer import Mixer, unknown_size
-from visionattn.blocks import DepthwiseConv
+from visionattn.layers.blocks import DepthwiseConv
 
 __all__ = ["CrossShapedAttention"]
 

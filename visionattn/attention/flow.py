@@ -5,9 +5,9 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from visionattn.attention.softmax import SelfAttention
-from visionattn.blocks import Linear, in_slices
 from visionattn.kernels import flow_attention
-from visionattn.kernels.flow_attention import flow_attention_torch
+from visionattn.kernels.flow import flow_attention_torch
+from visionattn.layers.blocks import Linear, in_slices
 
 __all__ = ["CrossFlowAttention", "FlowAttention"]
 

@@ -6,7 +6,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from visionattn.attention.mixer import LinearMixer
-from visionattn.blocks import DepthwiseConv, Unused, resize_table
+from visionattn.layers.blocks import DepthwiseConv, Unused, resize_table
 
 __all__ = ["FocusedLinearAttention", "SimplifiedLinearAttention"]
 

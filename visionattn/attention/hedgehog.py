@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from visionattn.attention.softmax import SelfAttention
 from visionattn.kernels import linear_attention
-from visionattn.kernels._linear_causal import causal_sums
-from visionattn.kernels.linear_forms import mix, precise
+from visionattn.kernels.linear_attn.causal import causal_sums
+from visionattn.kernels.linear_attn.forms import mix, precise
 
 __all__ = ["HedgehogAttention", "HedgehogFeatures", "attention_transfer_loss", "attention_weight_loss", "transfer"]
 

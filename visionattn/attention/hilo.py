@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module, use_fused_attn
 from torch import Tensor, nn
 
-from visionattn.blocks import Linear, crop, pad_to_multiple
+from visionattn.layers.blocks import Linear, crop, pad_to_multiple
 
 __all__ = ["HiLoAttention", "hilo_attention"]
 

@@ -6,8 +6,8 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from visionattn.attention.mixer import LinearMixer
-from visionattn.blocks import DepthwiseConv
 from visionattn.kernels import exporting
+from visionattn.layers.blocks import DepthwiseConv
 
 __all__ = ["InLineAttention"]
 

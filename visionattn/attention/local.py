@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from visionattn.blocks import Linear
 from visionattn.kernels import autocast, eager, exporting
-from visionattn.kernels.tiles import Axis, Group, Run, positions
+from visionattn.kernels.neighborhood.tiles import Axis, Group, Run, positions
+from visionattn.layers.blocks import Linear
 
 __all__ = ["CircularWindowAttention", "HaloAttention", "circular_attention"]
 

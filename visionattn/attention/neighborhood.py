@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from timm.layers import is_exportable, is_scriptable, register_notrace_module, trunc_normal_
 from torch import Tensor, nn
 
-from visionattn.blocks import Linear
 from visionattn.kernels import exporting, neighborhood_attention, neighborhood_attention_plain
+from visionattn.layers.blocks import Linear
 
 __all__ = ["NeighborhoodAttention"]
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionattn.attention.mixer import Mixer
-from visionattn.blocks import Linear
+from visionattn.layers.blocks import Linear
 
 __all__ = ["SelfAttention", "SoftmaxAttention", "SoftmaxMixer"]
 

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from visionattn.blocks import Linear
-from visionattn.norms import fold_before, folded
+from visionattn.layers.blocks import Linear
+from visionattn.layers.norms import fold_before, folded
 
 __all__ = ["SpatialReductionAttention"]
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionattn.attention.softmax import SelfAttention
-from visionattn.blocks import Linear
+from visionattn.layers.blocks import Linear
 
 __all__ = ["SelectiveAttention"]
 

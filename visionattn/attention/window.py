@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from visionattn.attention.mixer import Mixer, unknown_size
 from visionattn.kernels import window_attention, window_attention_plain
-from visionattn.kernels.window_plain import MASKED
+from visionattn.kernels.window.export import MASKED
 
 __all__ = ["WindowAttention"]
 

@@ -18,8 +18,8 @@ from visionattn.attention import (
     SpatialReductionAttention,
 )
 from visionattn.attention.softmax import SoftmaxMixer
-from visionattn.benchmark.plain_cswin import PlainCrossShaped
-from visionattn.benchmark.plain_swin import MIXERS as PLAIN
+from visionattn.benchmark.plain.cswin import PlainCrossShaped
+from visionattn.benchmark.plain.swin import MIXERS as PLAIN
 
 __all__ = ["HOST_MIXERS", "Pair", "host_mixer_weights"]
 

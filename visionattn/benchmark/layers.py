@@ -27,10 +27,10 @@ from visionattn.backbones.litv2 import checkpoint_filter_fn
 from visionattn.benchmark.host_mixers import HOST_MIXERS, host_mixer_weights
 from visionattn.benchmark.models import randomize_
 from visionattn.benchmark.ops import SIZE_SETS, Size, parse_candidate
-from visionattn.benchmark.plain_litv2 import PlainHiLo, PlainMerging
+from visionattn.benchmark.plain.litv2 import PlainHiLo, PlainMerging
 from visionattn.benchmark.runner import Candidate, Case, Workload
 from visionattn.benchmark.window import WINDOW, TimmWindows
-from visionattn.token_merging import DeformableTokenMerging
+from visionattn.layers.token_merging import DeformableTokenMerging
 
 __all__ = ["LAYERS", "LayerBenchmark", "layer_case"]
 

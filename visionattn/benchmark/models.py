@@ -14,17 +14,9 @@ import torch
 from timm.models import get_pretrained_cfg, model_entrypoint
 from torch import Tensor, nn
 
-from visionattn.benchmark import (
-    plain_biformer,
-    plain_flowformer,
-    plain_litv2,
-    plain_nat,
-    plain_ravlt,
-    plain_swin,
-    plain_van,
-)
 from visionattn.benchmark.converted import CONVERTED, convert
 from visionattn.benchmark.ops import parse_candidate
+from visionattn.benchmark.plain import biformer, flowformer, litv2, nat, ravlt, swin, van
 from visionattn.benchmark.runner import Candidate, Case, Workload
 
 __all__ = ["PLAIN", "DEFAULT_CANDIDATES", "model_case", "plain_and_ours"]
@@ -34,15 +26,15 @@ DEFAULT_CANDIDATES = ("plain", "ours", "ours+compile")
 # Family (the module in visionattn.backbones) or name of a model -> network in the authors' manner, by model name. Its
 # state dict has the authors' names, so the family's checkpoint_filter_fn carries the weights over to ours.
 PLAIN: dict[str, Callable[[str], nn.Module]] = {
-    "biformer": plain_biformer.build,
-    "dinat": plain_nat.build,
-    "flowformer": plain_flowformer.build,
-    "litv2": plain_litv2.build,
-    "mavit": plain_ravlt.build,
-    "nat": plain_nat.build,
-    "ravlt": plain_ravlt.build,
-    "van": plain_van.build,
-} | dict.fromkeys(plain_swin.VARIANTS, plain_swin.build)
+    "biformer": biformer.build,
+    "dinat": nat.build,
+    "flowformer": flowformer.build,
+    "litv2": litv2.build,
+    "mavit": ravlt.build,
+    "nat": nat.build,
+    "ravlt": ravlt.build,
+    "van": van.build,
+} | dict.fromkeys(swin.VARIANTS, swin.build)
 
 
 def randomize_(model: nn.Module) -> nn.Module:

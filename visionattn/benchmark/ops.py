@@ -12,8 +12,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from visionattn.benchmark import neighborhood, plain_linear, plain_ravlt
-from visionattn.benchmark.plain_flowformer import plain_flow_attention
+from visionattn.benchmark import neighborhood
+from visionattn.benchmark.plain import linear as plain_linear
+from visionattn.benchmark.plain import ravlt as plain_ravlt
+from visionattn.benchmark.plain.flowformer import plain_flow_attention
 from visionattn.benchmark.runner import Candidate, Case, Workload
 from visionattn.kernels import (
     bilevel_routing_attention,

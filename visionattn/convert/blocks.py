@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from visionattn.attention import WindowAttention
 from visionattn.attention.mixer import unknown_size
-from visionattn.blocks import crop, pad_to_multiple
+from visionattn.layers.blocks import crop, pad_to_multiple
 
 __all__ = ["GridBlock", "MapBlock", "MapSize", "TokenBlock", "WindowBlock", "window_arguments"]
 

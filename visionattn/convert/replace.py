@@ -15,10 +15,10 @@ from torch import nn
 from visionattn.attention import Mixer, SoftmaxAttention, SoftmaxMixer, WindowAttention
 from visionattn.attention.mixer import MixerLike
 from visionattn.attention.softmax import SelfAttention
-from visionattn.blocks import Linear
 from visionattn.convert.blocks import GridBlock, MapBlock, MapSize, TokenBlock, WindowBlock, window_arguments
 from visionattn.convert.report import Replacement
 from visionattn.hosts.parts import MixerArgs, mixers
+from visionattn.layers.blocks import Linear
 
 __all__ = ["replace_attention"]
 
@@ -187,8 +187,8 @@ def replace_attention(
         mixer_args: Arguments of the mixer, for all stages or one mapping a stage.
         blocks: A regular expression that is searched in names of blocks, such as ``layers.0.blocks.1``, or a function
             of the name, for those that get it. None: all.
-        linear: Run the model's other layers of class ``nn.Linear`` through ``visionattn.blocks.Linear``, too: same
-            parameters, same results, faster on a CPU.
+        linear: Run the model's other layers of class ``nn.Linear`` through ``visionattn.layers.blocks.Linear``, too:
+            same parameters, same results, faster on a CPU.
 
     Returns:
         What was replaced and kept, and what is new and untrained.

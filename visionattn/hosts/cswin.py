@@ -11,9 +11,9 @@ from torch import nn
 
 from visionattn.attention import CrossShapedAttention
 from visionattn.attention.mixer import MixerLike
-from visionattn.backbone import Pyramid, Stage
-from visionattn.blocks import Mlp
+from visionattn.frames.backbone import Pyramid, Stage
 from visionattn.hosts.parts import Block, Host, MixerArgs, StreamBlock, StridedConv, mixers, norm_factory
+from visionattn.layers.blocks import Mlp
 
 __all__ = ["CSwin"]
 

@@ -10,10 +10,10 @@ from timm.layers import ClassifierHead, calculate_drop_path_rates
 
 from visionattn.attention.mixer import MixerLike
 from visionattn.attention.softmax import SoftmaxMixer
-from visionattn.blocks import Mlp, Unused
+from visionattn.frames.isotropic import Isotropic, PrefixIsotropic, TokenHead
 from visionattn.hosts.parts import Block, Host, MixerArgs, TokenBlock, mixers, norm_factory
-from visionattn.isotropic import Isotropic, PrefixIsotropic, TokenHead
-from visionattn.patch_embed import PatchEmbed, PrefixPatchEmbed
+from visionattn.layers.blocks import Mlp, Unused
+from visionattn.layers.patch_embed import PatchEmbed, PrefixPatchEmbed
 
 __all__ = ["DeiT", "DeiTGrid"]
 

@@ -10,10 +10,10 @@ from timm.layers import is_exporting, register_notrace_module, trunc_normal_
 from torch import Tensor, nn
 
 from visionattn.attention.mixer import MixerLike, find_mixer
-from visionattn.backbone import Backbone
-from visionattn.blocks import ScaledResidual, to_channels_last
-from visionattn.norms import create_norm, fold_after, fold_before, folded
-from visionattn.patch_embed import at_least
+from visionattn.frames.backbone import Backbone
+from visionattn.layers.blocks import ScaledResidual, to_channels_last
+from visionattn.layers.norms import create_norm, fold_after, fold_before, folded
+from visionattn.layers.patch_embed import at_least
 
 __all__ = ["Block", "Host", "MixerArgs", "StreamBlock", "StridedConv", "TokenBlock", "mixers", "norm_factory"]
 
@@ -179,7 +179,7 @@ class Host(Backbone):
 
 
 def norm_factory(kind: str, eps: float, norm_args: Mapping[str, object] | None = None) -> Factory:
-    """A function of channels, ``nchw``, device and dtype; see ``visionattn.norms.create_norm``."""
+    """A function of channels, ``nchw``, device and dtype; see ``visionattn.layers.norms.create_norm``."""
 
     def norm(dim: int, nchw: bool = False, device=None, dtype=None) -> nn.Module:
         return create_norm(kind, dim, eps, nchw, device=device, dtype=dtype, **(norm_args or {}))

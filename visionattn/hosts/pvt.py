@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from visionattn.attention import SpatialReductionAttention
 from visionattn.attention.mixer import MixerLike
-from visionattn.backbone import Pyramid, Stage
-from visionattn.blocks import DepthwiseConv, Linear, Mlp, Unused, in_slices, resize_table
+from visionattn.frames.backbone import Pyramid, Stage
 from visionattn.hosts.parts import Block, Host, MixerArgs, StridedConv, mixers, norm_factory
+from visionattn.layers.blocks import DepthwiseConv, Linear, Mlp, Unused, in_slices, resize_table
 
 __all__ = ["PVT", "PVTv2"]
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from visionattn.attention import WindowAttention
 from visionattn.attention.mixer import MixerLike
-from visionattn.backbone import Pyramid, Stage
-from visionattn.blocks import Linear, Mlp
+from visionattn.frames.backbone import Pyramid, Stage
 from visionattn.hosts.parts import Block, Factory, Host, MixerArgs, StridedConv, mixers, norm_factory
-from visionattn.norms import fold_before, folded
+from visionattn.layers.blocks import Linear, Mlp
+from visionattn.layers.norms import fold_before, folded
 
 __all__ = ["PatchMerging", "Swin"]
 

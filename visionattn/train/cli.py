@@ -22,10 +22,10 @@ import visionattn.train.data  # noqa: F401  (the short names of its classes work
 from visionattn.train.callbacks import EpochLines, ExportWeights, Pictures, best_checkpoint, check_disk
 from visionattn.train.classify import Classification
 from visionattn.train.data.base import Data
-from visionattn.train.detect import Detection
+from visionattn.train.dense.detect import Detection
+from visionattn.train.dense.segment import Segmentation
 from visionattn.train.errors import UserError, one_line, some
 from visionattn.train.predict import add_arguments, predict
-from visionattn.train.segment import Segmentation
 from visionattn.train.task import Task
 from visionattn.train.weights import CARD, read_checkpoint
 

@@ -5,7 +5,7 @@ import difflib
 import timm
 
 import visionattn  # noqa: F401  (registers our models)
-from visionattn.hub.errors import one_line, some
+from visionattn.weights.errors import one_line, some
 
 __all__ = ["UserError", "check_model_name", "one_line", "some"]
 

@@ -17,10 +17,10 @@ from timm.data.readers.img_extensions import get_img_extensions
 from torch import Tensor, nn
 
 import visionattn
-from visionattn.hub import WeightsError
 from visionattn.train.data.sampling import UNREADABLE
 from visionattn.train.errors import UserError, check_model_name, some
 from visionattn.train.weights import build, load_weights, read_card
+from visionattn.weights.errors import WeightsError
 
 
 def add_arguments(parser: LightningArgumentParser) -> list[str]:

@@ -9,10 +9,11 @@ import timm
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from visionattn import hub
 from visionattn.features import release_filter
-from visionattn.hub.load import CARD, read_metadata
 from visionattn.train.errors import UserError, check_model_name, some
+from visionattn.weights import read
+from visionattn.weights.errors import WeightsError
+from visionattn.weights.load import CARD, read_metadata
 
 PREFIX = "net."
 """What the task puts before the names of the bare model's weights."""
@@ -24,12 +25,12 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     Raises:
         UserError: If there is no such file, or it is none that can be read safely.
     """
-    return _read(hub.read_checkpoint, path)
+    return _read(read.read_checkpoint, path)
 
 
 def read_weights(path: str) -> dict[str, Tensor]:
     """The bare model's weights from timm, plain, safetensors or Lightning files; the averaged ones where there are."""
-    state = _read(hub.read_weights, path)
+    state = _read(read.read_weights, path)
     if any(key.startswith(PREFIX) for key in state):
         state = {key.removeprefix(PREFIX): value for key, value in state.items() if key.startswith(PREFIX)}
     return {key.removeprefix("_orig_mod."): value for key, value in state.items()}
@@ -42,7 +43,7 @@ def _read(reader: Callable[[str], dict], path: str) -> dict:
         raise UserError(f"no such checkpoint: {path}")
     try:
         return reader(path)
-    except hub.WeightsError as error:
+    except WeightsError as error:
         raise UserError(str(error)) from error
 
 
@@ -114,7 +115,7 @@ def build(card: dict[str, Any], pretrained: bool = False) -> nn.Module:
         return timm.create_model(
             card["name"], pretrained=pretrained, num_classes=card["num_classes"], **card["model_args"]
         )
-    except hub.WeightsError as error:
+    except WeightsError as error:
         raise UserError(str(error)) from error
     except TypeError as error:
         raise UserError(f"{card['name']} does not take model.model_args {card['model_args']}: {error}") from error

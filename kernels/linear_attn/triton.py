@@ -1,0 +1,266 @@
+"""Launches the Triton kernels of linear attention; see ``_linear_kernels.py`` for what they compute."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from visionattn.kernels.common import backend as _dispatch
+from visionattn.kernels.common import jit as _triton
+from visionattn.kernels.common.flops import flop_formula
+from visionattn.kernels.linear_attn.forms import Form, features, global_weights, precise
+from visionattn.kernels.linear_attn.triton_kernels import (
+    _linear_keys,
+    _linear_keys_bwd,
+    _linear_queries,
+    _linear_queries_bwd,
+)
+
+# Wider heads would need more registers than there are, in full-width products sooner than in others.
+MAX_WIDTH = {2: 96, 4: 64, 8: 64}
+IN_KERNEL = ("identity", "relu", "relu2", "elu+1", "exp")  # all other maps are applied before
+KEYS, QUERIES, QUERIES_BWD, KEYS_BWD = "keys", "queries", "queries_bwd", "keys_bwd"
+PROGRAMS = 512  # enough for every GPU; a sum over tokens is split until there are as many
+MAX_STEPS = 16
+
+
+def launch_config(kernel: str, D: int, V: int, dtype: torch.dtype, hip: bool) -> dict[str, int]:
+    """Sizes of one launch. Few on purpose: all of them are compiled ahead of time in the tests."""
+    backward = kernel in (QUERIES_BWD, KEYS_BWD)
+    block_d, block_v = max(16, _power_of_2(D // 2)), max(16, _power_of_2(V))
+    wide = block_d * block_v > 2048
+    block_n = {KEYS: 64 if dtype.itemsize <= 2 else 32, QUERIES: 64, QUERIES_BWD: 16, KEYS_BWD: 32}[kernel]
+    many = wide or kernel == QUERIES_BWD or (dtype.itemsize > 2 and kernel != QUERIES)
+    return {
+        "BLOCK_N": 16 if dtype.itemsize == 8 else max(16, block_n // 2) if wide else block_n,
+        "BLOCK_D": block_d,
+        "BLOCK_V": block_v,
+        "num_warps": 8 if many and not (hip and backward) else 4,  # AMD's have twice the registers if they are few
+        "num_stages": 1 if backward else 2,
+    }
+
+
+def _power_of_2(number: int) -> int:
+    return 1 << max(number - 1, 0).bit_length()
+
+
+def _steps(length: int, heads: int, block: int) -> int:
+    """How many blocks of tokens one program adds up: a power of two, so that few kernels are compiled."""
+    blocks = -(-length // block)
+    steps = 1
+    while steps < MAX_STEPS and heads * -(-blocks // (2 * steps)) >= PROGRAMS:
+        steps *= 2
+    return steps
+
+
+def precision(dtype: torch.dtype, hip: bool) -> str:
+    """How products are formed: TF32 for 16-bit inputs, whose rounding it does not add to, and where the user allows."""
+    tf32 = not hip and (dtype.itemsize == 2 or torch.backends.cuda.matmul.allow_tf32)
+    return "tf32" if tf32 else "ieee"
+
+
+def _constants(kernel: str, q: Tensor, v: Tensor, **extra) -> dict:
+    D, V = q.shape[-1], v.shape[-1]
+    hip = torch.version.hip is not None
+    config = launch_config(kernel, D, V, v.dtype, hip) | {"PRECISION": precision(v.dtype, hip)}
+    return {"D": D, "V": V, "ACC": _triton.accumulator(v.dtype), **config, **extra}
+
+
+def _strides(x: Tensor | None) -> tuple[int, int, int]:
+    return (0, 0, 0) if x is None else tuple(x.stride()[:3])
+
+
+def _or(x: Tensor | None, other: Tensor) -> Tensor:
+    return other if x is None else x
+
+
+def _sums(q: Tensor, v: Tensor, parts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for partial sums: state, sum of keys, sum of values."""
+    rows = (parts, q.shape[0] * q.shape[2])
+    dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
+    shapes = ((q.shape[-1], v.shape[-1]), (q.shape[-1],), (v.shape[-1],))
+    return tuple(torch.empty(rows + shape, device=q.device, dtype=dtype) for shape in shapes)
+
+
+@torch.library.custom_op("visionattn::linear_attention", mutates_args=())
+def _linear(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    residual: Tensor | None,
+    gate: Tensor | None,
+    query_map: str,
+    key_map: str,
+    normalizer: str,
+    scale: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The output, the state, the sum of keys and the mean of values. The last axis of all inputs is contiguous."""
+    (B, N, h, _), M = q.shape, k.shape[1]
+    out, state, key_sum, mean = _empty_results(q, v)
+    if out.numel() == 0:
+        return out, state.zero_(), key_sum.zero_(), mean.zero_()
+    constants = _constants(KEYS, k, v, MAP=key_map, ROTARY=cos is not None, WEIGHTED=weights is not None)
+    constants["STEPS"] = _steps(M, B * h, constants["BLOCK_N"])
+    parts = max(-(-M // (constants["BLOCK_N"] * constants["STEPS"])), 1)
+    sums = _sums(q, v, parts)
+    _linear_keys[(B * h, parts)](
+        k, v, _or(weights, k), _or(cos, k), _or(sin, k), *sums, _strides(k), _strides(v), _strides(weights), h, M,
+        **constants,
+    )  # fmt: skip
+    for total, part in zip((state, key_sum, mean), sums, strict=True):
+        torch.sum(part, 0, out=total)
+    mean.div_(max(M, 1))
+    constants = _constants(QUERIES, q, v, MAP=query_map, NORMALIZER=normalizer, ROTARY=cos is not None)
+    constants |= {"RESIDUAL": residual is not None, "GATE": gate is not None}
+    _linear_queries[(B * h, -(-N // constants["BLOCK_N"]))](
+        q, _or(cos, q), _or(sin, q), state, key_sum, mean, _or(residual, q), _or(gate, q), out,
+        *map(_strides, (q, residual, gate)), h, N, max(M, 1), scale, eps, **constants,
+    )  # fmt: skip
+    return out, state, key_sum, mean
+
+
+def _empty_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    out = torch.empty((*q.shape[:-1], v.shape[-1]), device=q.device, dtype=v.dtype)
+    return out, *(total[0] for total in _sums(q, v, 1))
+
+
+@_linear.register_fake
+def _(q, k, v, *args):
+    return _empty_results(q, v)
+
+
+@torch.library.custom_op("visionattn::linear_attention_backward", mutates_args=())
+def _linear_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    residual: Tensor | None,
+    gate: Tensor | None,
+    state: Tensor,
+    key_sum: Tensor,
+    mean: Tensor,
+    query_map: str,
+    key_map: str,
+    normalizer: str,
+    scale: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of q, k, v, weights and gate, the last two empty if there are none."""
+    (B, N, h, _), M = q.shape, k.shape[1]
+    dq, dk, dv, dweights, dgate = grads = _empty_gradients(grad, q, k, v, weights, gate)
+    if grad.numel() == 0 or M == 0:
+        return tuple(g.zero_() for g in grads)
+    rotary = cos is not None
+    constants = _constants(QUERIES_BWD, q, v, MAP=query_map, NORMALIZER=normalizer, ROTARY=rotary)
+    constants |= {"RESIDUAL": residual is not None, "GATE": gate is not None}
+    constants["STEPS"] = _steps(N, B * h, constants["BLOCK_N"])
+    parts = -(-N // (constants["BLOCK_N"] * constants["STEPS"]))
+    sums = _sums(q, v, parts)
+    _linear_queries_bwd[(B * h, parts)](
+        grad, q, _or(cos, q), _or(sin, q), state, key_sum, mean, _or(residual, q), _or(gate, q), dq, dgate, *sums,
+        *map(_strides, (grad, q, residual, gate)), h, N, M, scale, eps, **constants,
+    )  # fmt: skip
+    dstate, dkey_sum, dmean = (part.sum(0) for part in sums)
+    constants = _constants(KEYS_BWD, k, v, MAP=key_map, ROTARY=rotary, WEIGHTED=weights is not None)
+    _linear_keys_bwd[(B * h, -(-M // constants["BLOCK_N"]))](
+        k, v, _or(weights, k), _or(cos, k), _or(sin, k), dstate, dkey_sum, dmean / M, dk, dv, dweights,
+        *map(_strides, (k, v, weights)), h, M, **constants,
+    )  # fmt: skip
+    return grads
+
+
+def _empty_gradients(grad, q, k, v, weights, gate) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dq, dk, dv = (torch.empty(t.shape, device=t.device, dtype=t.dtype) for t in (q, k, v))
+    dweights = q.new_empty(0) if weights is None else torch.empty(weights.shape, device=q.device, dtype=weights.dtype)
+    return dq, dk, dv, dweights, torch.empty(0 if gate is None else grad.shape, device=q.device, dtype=v.dtype)
+
+
+@_linear_backward.register_fake
+def _(grad, q, k, v, weights, cos, sin, residual, gate, *args):
+    return _empty_gradients(grad, q, k, v, weights, gate)
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:8], *output[1:])
+    ctx.arguments = inputs[8:]
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 13
+    tensors = ctx.saved_tensors
+    weights, residual, gate = tensors[3], tensors[6], tensors[7]
+    grad = _last_contiguous(grad)
+    dq, dk, dv, dweights, dgate = _linear_backward(grad, *tensors, *ctx.arguments)
+    dresidual = None if residual is None else grad if gate is None else grad * gate
+    gradients = (dq, dk, dv, None if weights is None else dweights, None, None, dresidual)
+    return *gradients, None if gate is None else dgate, *(None,) * 5
+
+
+_linear.register_autograd(_backward, setup_context=_save)
+
+
+@flop_formula("linear_attention")
+def _flops(q_shape, k_shape, v_shape, *args, **kwargs) -> int:
+    B, N, h, D = q_shape
+    return 2 * B * h * (N + k_shape[1]) * D * v_shape[-1]
+
+
+@flop_formula("linear_attention_backward")
+def _flops_backward(grad_shape, q_shape, k_shape, v_shape, *args, **kwargs) -> int:
+    B, N, h, D = q_shape
+    return 2 * B * h * (3 * N + 2 * k_shape[1]) * D * v_shape[-1]
+
+
+def _last_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def linear_attention_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    form: Form,
+    rotary: tuple[Tensor, Tensor] | None = None,
+    key_weights: Tensor | None = None,
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
+) -> Tensor:
+    """The Triton kernels. Arguments as in ``linear_attention_reference``.
+
+    They read q, k, v, residual and gate in place if their last axis is contiguous, as it is in views of one projection.
+    """
+    if form.rank_augmented:
+        query, key = features(precise(q), form.query_map), features(precise(k), form.key_map)
+        key_weights = global_weights(query, key, form.scale)
+    maps = [form.query_map, form.key_map]
+    tensors = [q, k]
+    for i, feature_map in enumerate(maps):
+        if feature_map not in IN_KERNEL:
+            tensors[i], maps[i] = features(precise(tensors[i]), feature_map), "identity"
+    cos, sin = (None, None) if rotary is None else (table.detach().contiguous() for table in rotary)
+    q, k, v, *epilogue = (None if t is None else _last_contiguous(t) for t in (*tensors, v, residual, gate))
+    return _linear(q, k, v, key_weights, cos, sin, *epilogue, *maps, form.normalizer, form.scale, form.eps)[0]
+
+
+def unsupported(q: Tensor, v: Tensor, form: Form) -> str | None:
+    """What of a call the Triton kernels do not cover, ``None`` if they cover it."""
+    if not {q.dtype, v.dtype} <= set(_dispatch._TRITON_DTYPES):
+        return f"the dtype is {v.dtype}, the kernels cover {', '.join(map(str, _dispatch._TRITON_DTYPES))}"
+    if form.causal:
+        return "it is causal, the kernels sum over all keys"
+    widest = MAX_WIDTH[max(q.dtype, v.dtype, key=lambda dtype: dtype.itemsize).itemsize]
+    if q.shape[-1] % 2 or max(q.shape[-1], v.shape[-1]) > widest:
+        return f"the head dims are {q.shape[-1]} and {v.shape[-1]}, the kernels cover even ones up to {widest}"
+    if q.shape[0] * q.shape[2] >= 2**31 or max(q.shape[1], v.shape[1]) // 16 > 65535:
+        return "there are more samples times heads or blocks of tokens than a grid has"
+    return None

@@ -1,0 +1,192 @@
+"""A 1x1 convolution whose result is gated. Shapes: B batch, C channels in, D channels out, H rows, W columns.
+
+out[b, d, y, x] = gate[b, d, y, x] * (bias[d] + sum_c weight[d, c] * x[b, c, y, x])
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from visionattn.kernels.common import backend as _dispatch
+from visionattn.kernels.common import jit as _triton
+from visionattn.kernels.common.flops import flop_formula
+from visionattn.kernels.common.jit import jit, tl
+
+_CHANNELS_LAST = torch.channels_last
+
+
+def gated_pointwise_reference(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor) -> Tensor:
+    """The convolution and the product, one after the other. Arguments as in :func:`gated_pointwise`."""
+    return F.conv2d(x, weight, bias) * gate
+
+
+def gated_pointwise_torch(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor) -> Tensor:
+    """The fastest form known in plain PyTorch operators. Arguments as in :func:`gated_pointwise`.
+
+    It is the reference: on the CPU ``F.linear``, ``addmm`` and an own backward measured no better on most maps.
+    """
+    return gated_pointwise_reference(x, weight, bias, gate)
+
+
+@jit
+def _gated_pointwise_fwd(
+    x, weight, bias, gate, out, M, D, C: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M positions by BLOCK_D channels out. x is [M, C], gate and out are [M, D], weight is [D, C]."""
+    d_blocks = tl.cdiv(D, BLOCK_D)  # neighbouring programs share their rows of x
+    m = tl.program_id(0) // d_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    d = tl.program_id(0) % d_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+    c = tl.arange(0, BLOCK_C)
+    m_in, d_in = m < M, d < D
+    x += m.to(tl.int64)[:, None] * C
+    weight += d[None, :] * C
+    total = tl.zeros([BLOCK_M, BLOCK_D], ACC)
+    for first in range(0, C, BLOCK_C):
+        rows = tl.load(x + (first + c)[None, :], m_in[:, None] & (first + c < C)[None, :], other=0.0)
+        columns = tl.load(weight + (first + c)[:, None], d_in[None, :] & (first + c < C)[:, None], other=0.0)
+        total += tl.dot(rows, columns, input_precision=PRECISION, out_dtype=ACC)
+    if HAS_BIAS:
+        total += tl.load(bias + d, d_in, other=0.0).to(ACC)[None, :]
+    at = m.to(tl.int64)[:, None] * D + d[None, :]
+    inside = m_in[:, None] & d_in[None, :]
+    total *= tl.load(gate + at, inside, other=0.0).to(ACC)
+    tl.store(out + at, total.to(out.dtype.element_ty), inside)
+
+
+def launch_config(C: int, D: int, dtype: torch.dtype) -> dict[str, int]:
+    """Sizes of one launch. Few on purpose: all of them are compiled ahead of time in the tests."""
+    if C % 16 or D % 16 or dtype.itemsize > 2:  # narrow loads or full-width products: larger tiles spill
+        return {"BLOCK_M": 64, "BLOCK_D": 32, "BLOCK_C": 32 if dtype.itemsize <= 4 else 16, "num_warps": 4}
+    return {"BLOCK_M": 128, "BLOCK_D": 64 if D > 32 else 32, "BLOCK_C": 64 if C >= 64 else 32, "num_warps": 4}
+
+
+def launch_configs(dtype: torch.dtype) -> list[tuple[int, int, dict[str, int]]]:
+    """Every result of :func:`launch_config` for a dtype, each after channel counts in and out that lead to it."""
+    counts = (32, 96, 33) if dtype.itemsize <= 2 else (96, 33)
+    return [(C, D, launch_config(C, D, dtype)) for C in counts for D in counts if (C == 33) == (D == 33)]
+
+
+@torch.library.custom_op("visionattn::gated_pointwise", mutates_args=())
+def _gated_pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor) -> Tensor:
+    """Returns channels_last, whatever the format of x and gate."""
+    out = _empty_result(x, gate)
+    if out.numel() == 0:
+        return out
+    B, C, H, W = x.shape
+    D, M = weight.shape[0], B * H * W
+    config = launch_config(C, D, x.dtype)
+    config |= {"ACC": _triton.accumulator(x.dtype), "PRECISION": _precision()}
+    grid = (-(-M // config["BLOCK_M"]) * -(-D // config["BLOCK_D"]),)
+    x, gate = _dispatch.channels_last(x), _dispatch.channels_last(gate)
+    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
+    _gated_pointwise_fwd[grid](
+        x, weight, weight if bias is None else bias, gate, out, M, D, C=C, HAS_BIAS=bias is not None, **config
+    )
+    return out
+
+
+def _empty_result(x: Tensor, gate: Tensor) -> Tensor:
+    dtype = torch.promote_types(x.dtype, gate.dtype)  # they differ under autocast, where nothing casts the product
+    return torch.empty_like(gate, dtype=dtype, memory_format=_CHANNELS_LAST)
+
+
+def _precision() -> str:
+    """How float32 products are formed: TF32 only where the user has allowed it for matrix products."""
+    tf32 = torch.backends.cuda.matmul.allow_tf32 and torch.version.hip is None
+    return "tf32" if tf32 else "ieee"
+
+
+@_gated_pointwise.register_fake
+def _(x, weight, bias, gate):
+    return _empty_result(x, gate)
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, grad):
+    x, weight, bias, gate = ctx.saved_tensors
+    grad = _dispatch.channels_last(grad)
+    grad_x = grad_weight = grad_bias = grad_gate = None
+    needed = ctx.needs_input_grad
+    if needed[3]:  # the convolution is computed again, which is cheaper than to store and load it
+        grad_gate = _gated_pointwise(x, weight, bias, grad).to(gate.dtype)
+    if any(needed[:3]):
+        rows = (grad * gate).to(x.dtype).permute(0, 2, 3, 1).flatten(0, 2)  # B*H*W D
+        matrix = weight.flatten(1)
+        if needed[0]:
+            B, C, H, W = x.shape
+            grad_x = (rows @ matrix).view(B, H, W, C).permute(0, 3, 1, 2)
+        if needed[1]:
+            grad_weight = (rows.t() @ x.permute(0, 2, 3, 1).flatten(0, 2)).view(weight.shape)
+        if needed[2]:
+            grad_bias = rows.sum(0)
+    return grad_x, grad_weight, grad_bias, grad_gate
+
+
+_gated_pointwise.register_autograd(_backward, setup_context=_save)
+
+
+@flop_formula("gated_pointwise")
+def _flops(x_shape, weight_shape, *args, **kwargs) -> int:
+    B, C, H, W = x_shape
+    return 2 * B * H * W * C * weight_shape[0]
+
+
+def gated_pointwise_triton(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor) -> Tensor:
+    """The Triton kernels. Arguments as in :func:`gated_pointwise`."""
+    x, weight, bias = _dispatch.autocast(x, weight, bias)
+    out = _gated_pointwise(_dispatch.channels_last(x), weight, bias, _dispatch.channels_last(gate))
+    return out if _dispatch.is_channels_last(x) else out.contiguous()
+
+
+def gated_pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, backend: str | None = None) -> Tensor:
+    """Multiply the 1x1 convolution of ``x`` by ``gate``.
+
+    Args:
+        x: Input map; channels_last is the fast memory format. [B, C, H, W]
+        weight: Convolution weight. [D, C, 1, 1]
+        bias: Convolution bias, or ``None``. [D]
+        gate: Factor of the result. [B, D, H, W]
+        backend: ``"triton"``, ``"torch"``, ``"reference"``, or ``None`` for the setting or the automatic choice.
+
+    Returns:
+        The gated map in the memory format of ``x``. [B, D, H, W]
+
+    Raises:
+        ValueError: If shapes, dtypes or devices do not fit together, or ``backend`` is unknown.
+        BackendError: If the backend that was asked for cannot run this call.
+    """
+    if not torch.jit.is_tracing():  # which warns of every comparison
+        _check(x, weight, bias, gate)
+    # Without tensor cores the product is bound by arithmetic, and cuBLAS is better at that than one kernel for all.
+    tensor_cores = x.dtype.itemsize == 2 or _dispatch.autocasting(x)
+    chosen = _dispatch.choose(
+        "gated_pointwise", x, backend, lambda: _dispatch.unsupported(x), prefer_triton=tensor_cores
+    )
+    return _IMPLEMENTATIONS[chosen](x, weight, bias, gate)
+
+
+_IMPLEMENTATIONS = {
+    "triton": gated_pointwise_triton,
+    "torch": gated_pointwise_torch,
+    "reference": gated_pointwise_reference,
+}
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor) -> None:
+    if x.dim() != 4:
+        raise ValueError(f"x must be [B, C, H, W], got shape {tuple(x.shape)}")
+    B, C, H, W = x.shape
+    if weight.dim() != 4 or tuple(weight.shape[1:]) != (C, 1, 1):
+        raise ValueError(f"weight must be [D, C, 1, 1] with C = {C} as in x, got shape {tuple(weight.shape)}")
+    D = weight.shape[0]
+    if bias is not None and bias.shape != (D,):
+        raise ValueError(f"bias must be [D] with D = {D} as in weight, got shape {tuple(bias.shape)}")
+    if gate.shape != (B, D, H, W):
+        raise ValueError(f"gate must be [B, D, H, W] = {(B, D, H, W)}, got shape {tuple(gate.shape)}")
+    _dispatch.check_same(x, weight=weight, bias=bias, gate=gate)

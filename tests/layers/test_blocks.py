@@ -1,0 +1,102 @@
+import pytest
+import torch
+from torch import nn
+
+from visionattn.layers import blocks
+from visionattn.layers.blocks import Linear, ScaledResidual, in_slices
+
+
+class Recorder(nn.Module):
+    """Doubles its input and remembers how many samples each call had."""
+
+    def __init__(self):
+        super().__init__()
+        self.batches = []
+
+    def forward(self, x):
+        self.batches.append(len(x))
+        return 2 * x
+
+
+@pytest.mark.parametrize(
+    ("batch", "slice_bytes", "expected"),
+    [(5, 2 * 16 * 12 * 4, [2, 2, 1]), (5, 1, [1] * 5), (5, 10**9, [5]), (0, 1, [0]), (1, 1, [1])],
+)
+def test_inference_runs_as_many_samples_at_a_time_as_fit(monkeypatch, batch, slice_bytes, expected):
+    monkeypatch.setattr(blocks, "SLICE_BYTES", slice_bytes)
+    branch = Recorder()
+    x = torch.randn(batch, 3, 3, 4).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        y = in_slices(branch, x, widest=16)
+    assert branch.batches == expected
+    torch.testing.assert_close(y, 2 * x)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_training_is_not_sliced(monkeypatch):
+    monkeypatch.setattr(blocks, "SLICE_BYTES", 1)
+    branch = Recorder()
+    in_slices(branch, torch.randn(5, 3, 3, 4), widest=16)
+    assert branch.batches == [5]
+
+
+def test_sliced_inference_of_a_network_equals_the_whole(monkeypatch):
+    import timm
+
+    import visionattn  # noqa: F401
+
+    model = timm.create_model("van_b0", depths=(1, 1, 1, 1)).eval()
+    x = torch.randn(3, 3, 64, 64)
+    expected = model(x).detach()
+    monkeypatch.setattr(blocks, "SLICE_BYTES", 1)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_residual_drops_whole_samples_only_in_training(training):
+    layer = ScaledResidual(4, init_value=0.5, drop_path=0.5, nchw=True).train(training)
+    x, branch = torch.zeros(64, 4, 2, 2), torch.ones(64, 4, 2, 2)
+    kinds = {tuple(sample.unique().tolist()) for sample in layer(x, branch)}
+    assert kinds == ({(0.0,), (1.0,)} if training else {(0.5,)})
+
+
+@pytest.mark.parametrize("shape", [(16,), (3, 16), (2, 4, 5, 16), (1, 7, 7, 16), (0, 4, 16), (2, 8, 6, 16)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_linear_equals_pytorch_s(shape, bias, dtype):
+    layer = Linear(16, 24, bias=bias, dtype=dtype)
+    x = torch.randn(shape, dtype=dtype).requires_grad_()
+    y, expected = layer(x), nn.functional.linear(x, layer.weight, layer.bias)
+    assert y.is_contiguous()
+    torch.testing.assert_close(y, expected)
+    leaves = [x, *layer.parameters()]
+    grads = torch.autograd.grad(y.square().sum(), leaves)
+    for actual, reference in zip(grads, torch.autograd.grad(expected.square().sum(), leaves), strict=True):
+        torch.testing.assert_close(actual, reference)
+
+
+def test_linear_takes_any_strides_and_autocast():
+    layer = Linear(8, 4)
+    x = torch.randn(2, 8, 6, 5)
+    torch.testing.assert_close(layer(x.permute(0, 2, 3, 1)), layer(x.permute(0, 2, 3, 1).contiguous()))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x.permute(0, 2, 3, 1)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("init_value", [None, 0.5])
+@pytest.mark.parametrize("training", [True, False])
+def test_residual_with_channels_last(init_value, training):
+    layer = ScaledResidual(4, init_value, drop_path=0.5).train(training)
+    assert (layer.gamma is None) == (init_value is None)
+    kinds = {tuple(s.unique().tolist()) for s in layer(torch.zeros(64, 2, 2, 4), torch.ones(64, 2, 2, 4))}
+    scale = init_value or 1.0
+    assert kinds == ({(0.0,), (2 * scale,)} if training else {(scale,)})
+
+
+def test_slices_count_the_positions_of_maps_with_channels_last(monkeypatch):
+    monkeypatch.setattr(blocks, "SLICE_BYTES", 2 * 16 * 12 * 4)
+    branch = Recorder()
+    with torch.no_grad():
+        in_slices(branch, torch.randn(5, 3, 4, 7), widest=16, channels=7)
+    assert branch.batches == [2, 2, 1]

@@ -1,0 +1,104 @@
+"""What a file is by its first and last bytes, before any reader is let near it."""
+
+import re
+import struct
+import zipfile
+from pathlib import Path
+
+from visionattn.weights.errors import WeightsError, amount
+
+__all__ = ["kind_of", "refuse_page"]
+
+LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # what torch.save wrote before 1.6 begins with
+LARGEST_HEADER = 100_000_000  # of a safetensors file, as its own reader has it
+OTHERS = (
+    (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
+    (b"\x1f\x8b", "a gzip archive: unpack it first"),
+    (b"BZh", "a bzip2 archive: unpack it first"),
+    (b"\xfd7zXZ", "an xz archive: unpack it first"),
+    (b"Rar!", "a RAR archive: unpack it first"),
+    (b"7z\xbc\xaf", "a 7z archive: unpack it first"),
+    (b"\x93NUMPY", "a NumPy array"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the file it points to: run git lfs pull"),
+    (b"%PDF", "a PDF document"),
+    (b"{", "JSON text, which is how servers report errors"),
+)
+
+
+def page(head: bytes) -> bool:
+    """Whether a file that begins with ``head`` is a web page."""
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    return text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml", b"<script", b"<!--"))
+
+
+def refuse_page(path: Path, origin: str) -> None:
+    """Raise if ``path``, fetched from ``origin``, is a web page, as cloud links give to programs."""
+    with open(path, "rb") as file:
+        if page(file.read(1024)):
+            raise WeightsError(f"{origin} gives a web page, not a file: open it in a browser and save the file there")
+
+
+def kind_of(path: str | Path) -> str:
+    """``"safetensors"``, ``"zip"`` (torch.save) or ``"legacy"`` (torch.save before 1.6).
+
+    Args:
+        path: A file with weights.
+
+    Raises:
+        WeightsError: If it is none of these, truncated, or claims more than it can hold.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsError(f"there is no file {path}")
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        head = file.read(1024)
+
+    def refused(reason: str) -> WeightsError:
+        return WeightsError(f"{path} is not a checkpoint that can be read: it is {reason}")
+
+    if size == 0:
+        raise refused("empty")
+    if page(head):
+        raise refused("a web page saved under this name: open the link in a browser and save the file itself")
+    for magic, name in OTHERS:
+        if head.startswith(magic):
+            raise refused(name)
+    if head.startswith(b"PK"):
+        _check_zip(path, size, refused)
+        return "zip"
+    if head.startswith(LEGACY):
+        return "legacy"
+    if head[257:262] == b"ustar":
+        raise refused("a tar archive: unpack it first")
+    if size >= 10 and head[8:9] == b"{" and re.match(rb'\{\s*("|\})', head[8:]):
+        (length,) = struct.unpack("<Q", head[:8])
+        if length > LARGEST_HEADER:
+            raise refused(f"a safetensors file whose header claims {amount(length)}")
+        if 8 + length > size:
+            raise refused(f"a truncated safetensors file: {amount(size)} do not even hold its header")
+        return "safetensors"
+    if head[:1] == b"\x80":
+        raise refused("a bare pickle, not what torch.save writes")
+    raise refused(f"neither safetensors nor written by torch.save (it begins with {head[:8]!r})")
+
+
+def _check_zip(path: Path, size: int, refused) -> None:
+    """Refuse an archive that is cut off, compressed, or larger inside than outside; torch.save writes none of them."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        raise refused(f"a truncated or damaged archive of {amount(size)}: fetch it again") from error
+    names = [entry.filename for entry in entries]
+    if any(name.endswith(".npy") for name in names):
+        raise refused("a NumPy archive (.npz)")
+    if not any(name.rpartition("/")[2] == "data.pkl" for name in names):
+        raise refused(
+            f"an archive, not what torch.save writes (it holds {', '.join(names[:3]) or 'nothing'}): unpack it"
+        )
+    if any(name.rpartition("/")[2] == "constants.pkl" for name in names):
+        raise refused("a TorchScript program, which is code: save its state_dict()")
+    inside = sum(entry.file_size for entry in entries)
+    if inside > size or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise refused(f"an archive of {amount(size)} that claims {amount(inside)} inside")

@@ -1,0 +1,183 @@
+"""Reading checkpoints of strangers: tensors come out, nothing in the file runs.
+
+safetensors hold no code. Everything else goes through PyTorch's ``weights_only`` reader. Where authors left settings
+in their checkpoints (argparse namespaces, yacs nodes, numpy scalars), it is told beforehand to make empty dictionaries
+of every class that it does not know, so that no class or function named in a file is ever looked up.
+"""
+
+import pickletools
+import warnings
+import zipfile
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # pickles of protocol 2 have the names of Python 2
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from visionattn.weights.errors import WeightsError, one_line, some
+from visionattn.weights.files import kind_of
+from visionattn.weights.rename import unwrap
+
+__all__ = ["read_checkpoint", "read_weights"]
+
+# A file that names these was made to do harm; it is not worth reading even with its teeth out.
+HARMFUL_MODULES = {
+    *("os", "posix", "nt", "sys", "subprocess", "shutil", "socket", "pty", "ctypes", "runpy", "importlib", "pickle"),
+    *("webbrowser", "code", "pip", "urllib", "requests"),
+}
+HARMFUL_BUILTINS = {"eval", "exec", "compile", "open", "__import__", "input", "breakpoint", "exit", "quit"}
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The content of a checkpoint on the CPU, without running code that it may hold.
+
+    Args:
+        path: A safetensors file, or one that ``torch.save`` wrote.
+
+    Returns:
+        Whatever dictionary was saved. Objects of unknown classes are replaced by empty or plain dictionaries.
+
+    Raises:
+        WeightsError: Saying why the file is not read.
+    """
+    path = Path(path)
+    kind = kind_of(path)
+    if kind == "safetensors":
+        try:
+            return load_file(path)
+        except safetensors.SafetensorError as error:
+            raise WeightsError(f"{path} is not a safetensors file, or a truncated one: {one_line(error)}") from error
+    try:
+        content = _load(path, kind, [])
+    except Exception as first:  # what a file that is no checkpoint raises depends on its bytes
+        content = _load_with_strangers(path, kind, first)
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path} holds a {type(content).__name__}, not a checkpoint: save its state_dict()")
+    return content
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by name, out of the nests and prefixes that training leaves around them.
+
+    Raises:
+        WeightsError: If the file is not read, or holds no tensors.
+    """
+    state = {name: value for name, value in unwrap(read_checkpoint(path)).items() if isinstance(value, Tensor)}
+    if not state:
+        raise WeightsError(f"{path} holds no weights: it must be a state_dict(), or hold one")
+    return state
+
+
+def _load(path: Path, kind: str, allowed: list) -> Any:
+    with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "zip")
+
+
+def _load_with_strangers(path: Path, kind: str, first: Exception) -> Any:
+    """Read ``path`` with a substitute for every class that the strict reader does not know."""
+    refusal = f"{path} is not a checkpoint that loads safely"
+    try:
+        named = _named(path, kind)
+    except Exception as error:
+        raise WeightsError(f"{refusal} ({_reason(first)}): it is damaged, or save plain tensors") from error
+    harmful = [name for name in sorted(named) if _is_harmful(name)]
+    if harmful:
+        raise WeightsError(f"{refusal} (it would call {some(harmful)}): do not use it")
+    numbers = _numpy_globals()
+    strangers = named - {name for _, name in numbers}  # those that the strict reader knows stay what they are
+    for substitute in (Settings, Opaque):
+        try:
+            return _load(path, kind, numbers + [(substitute, name) for name in strangers])
+        except Exception as error:
+            reason = _reason(error)
+    raise WeightsError(f"{refusal} ({reason}): save plain tensors") from first
+
+
+class Settings:
+    """Becomes a dictionary, which takes items and attributes as configuration nodes do."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> OrderedDict:
+        return OrderedDict()
+
+
+class Opaque:
+    """Takes whatever state it is given and keeps none."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "Opaque":
+        return object.__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _numpy_globals() -> list[tuple[Any, str]]:
+    """What rebuilds numpy numbers and arrays of numbers, under the names of old and new numpy."""
+    multiarray = np._core.multiarray
+    rebuild = []
+    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+        rebuild += [(multiarray.scalar, f"{module}.scalar"), (multiarray._reconstruct, f"{module}._reconstruct")]
+    kinds = {type(np.dtype(code)) for code in "?bBhHiIlLqQefdgSU"}
+    return (
+        rebuild
+        + [(np.ndarray, "numpy.ndarray"), (_dtype, "numpy.dtype")]
+        + [(kind, f"{kind.__module__}.{kind.__qualname__}") for kind in kinds]
+    )
+
+
+def _dtype(code: str, *args: Any) -> np.dtype:
+    """A plain number or text type; never objects, which would be pickles again."""
+    dtype = np.dtype(code)
+    if dtype.kind not in "biufSU":
+        raise ValueError(f"numpy arrays of type {code!r} are not read")
+    return dtype
+
+
+def _named(path: Path, kind: str) -> set[str]:
+    """The classes and functions that a checkpoint names, found without unpickling it."""
+    if kind == "zip":
+        with zipfile.ZipFile(path) as archive:
+            name = next(name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl")
+            pickles = [archive.read(name)]
+    else:
+        pickles = []
+        with open(path, "rb") as file:
+            for _ in range(4):  # magic number, protocol, system, content
+                start = file.tell()
+                for _operation in pickletools.genops(file):
+                    pass
+                end = file.tell()
+                file.seek(start)
+                pickles.append(file.read(end - start))
+    named = set()
+    for content in pickles:
+        for operation, argument, _ in pickletools.genops(content):
+            if operation.name == "GLOBAL":
+                module, name = argument.split(" ")
+                module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+                named.add(f"{module}.{name}")
+            elif operation.name in ("STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"):
+                raise ValueError(f"{operation.name} is not read")
+    return named
+
+
+def _is_harmful(name: str) -> bool:
+    module, _, function = name.rpartition(".")
+    builtin = module in ("builtins", "io", "_io") and function in HARMFUL_BUILTINS
+    return builtin or module.split(".")[0] in HARMFUL_MODULES
+
+
+def _reason(error: Exception) -> str:
+    """The part of PyTorch's message that says what is wrong with the file."""
+    text = one_line(error)
+    if "WeightsUnpickler error:" in text:
+        text = text.partition("WeightsUnpickler error:")[2].strip()
+    return text.split(". ")[0].split(" Please ")[0] or type(error).__name__
