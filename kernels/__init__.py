@@ -1,32 +1,41 @@
-"""Operators of the backbones: a plain reference, a fast PyTorch form and Triton kernels behind one function each."""
+"""Operators of the backbones: a reference, a fast PyTorch form and Triton kernels behind one function each.
 
-from visionattn.kernels.bilevel.op import bilevel_routing_attention
-from visionattn.kernels.common.backend import (
-    BackendError,
-    autocast,
-    autocasting,
-    eager,
-    exporting,
-    get_backend,
-    set_backend,
-    use_backend,
-)
+    NAME/       an operator of several files, in each operator the same:
+        op.py               the public function: formula, shapes, checks, choice of backend, reference
+        export.py           the form without branches, for tracing, scripting and export
+        cpu.py              the fast form in PyTorch's own operators
+        triton.py           custom operator, its gradient, what the kernels do not cover
+        triton_kernels.py   the kernels
+        launches.py         sizes of their launches, and the list of those that are compiled ahead of time
+    NAME.py     an operator of one file, with the same parts in that order
+    common/     what all of them share; operators import it and, but for those made of another, nothing of each other
+
+Outside this folder, import from here or from an operator's folder or file, never from the files within a folder.
+"""
+
+from visionattn.kernels.agent import agent_attention
+from visionattn.kernels.bilevel import bilevel_routing_attention
+from visionattn.kernels.common.backend import BackendError, get_backend, set_backend, use_backend
+from visionattn.kernels.common.layout import channels_last, crop_map, pad_map
+from visionattn.kernels.common.mode import autocast, autocasting, eager, exporting
+from visionattn.kernels.common.precision import precise
 from visionattn.kernels.dense import linear
 from visionattn.kernels.depthwise import depthwise_conv2d
 from visionattn.kernels.flow import flow_attention
-from visionattn.kernels.linear_attn.forms import focused, rotary_tables
-from visionattn.kernels.linear_attn.op import linear_attention
-from visionattn.kernels.neighborhood.export import neighborhood_attention_plain
-from visionattn.kernels.neighborhood.op import neighborhood_attention
+from visionattn.kernels.focused_map import focused
+from visionattn.kernels.linear_attn import linear_attention, rotary_tables
+from visionattn.kernels.neighborhood import neighborhood_attention, neighborhood_attention_export
 from visionattn.kernels.pointwise import gated_pointwise
-from visionattn.kernels.window.export import window_attention_plain
-from visionattn.kernels.window.op import window_attention
+from visionattn.kernels.window import window_attention, window_attention_export
 
 __all__ = [
     "BackendError",
+    "agent_attention",
     "autocast",
     "autocasting",
     "bilevel_routing_attention",
+    "channels_last",
+    "crop_map",
     "depthwise_conv2d",
     "eager",
     "exporting",
@@ -37,10 +46,12 @@ __all__ = [
     "linear",
     "linear_attention",
     "neighborhood_attention",
-    "neighborhood_attention_plain",
+    "neighborhood_attention_export",
+    "pad_map",
+    "precise",
     "rotary_tables",
     "set_backend",
     "use_backend",
     "window_attention",
-    "window_attention_plain",
+    "window_attention_export",
 ]

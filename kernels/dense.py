@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visionattn.kernels.common import backend as _dispatch
 from visionattn.kernels.common.flops import flop_formula
+from visionattn.kernels.common.mode import exporting, transformed
 
 __all__ = ["linear"]
 
@@ -37,7 +37,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     if not torch.compiler.is_compiling():
         return F.linear(x, weight, bias) if torch.jit.is_tracing() else _product(x, weight, bias)
-    return F.linear(x, weight, bias) if _dispatch.exporting() or _dispatch.transformed() else _linear(x, weight, bias)
+    return F.linear(x, weight, bias) if exporting() or transformed() else _linear(x, weight, bias)
 
 
 def _samples(x: Tensor) -> tuple[int, int]:

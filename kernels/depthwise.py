@@ -7,16 +7,25 @@ for dilation d, with zeros outside the map.
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visionattn.kernels.common import backend as _dispatch
-from visionattn.kernels.common import jit as _triton
+from visionattn.kernels.common.backend import choose
+from visionattn.kernels.common.checks import check_same, unsupported_map
 from visionattn.kernels.common.flops import flop_formula
 from visionattn.kernels.common.jit import jit, tl
+from visionattn.kernels.common.launch import Launch, pointer
+from visionattn.kernels.common.layout import channels_last, is_channels_last
+from visionattn.kernels.common.mode import autocast, exporting
+from visionattn.kernels.common.precision import accumulator, precise_dtype
+
+__all__ = ["depthwise_conv2d"]
+
 
 TRITON_SIDES = (3, 5, 7)
 WEIGHT_GRAD_STEPS = 16
@@ -35,16 +44,16 @@ def depthwise_conv2d_torch(x: Tensor, weight: Tensor, bias: Tensor | None = None
     It differs from the reference on the CPU only, where oneDNN has fast kernels for a few depthwise convolutions and
     for fewer of their gradients; the others are put in terms of those. Forward-mode autograd needs the reference.
     """
-    if x.device.type != "cpu" or _dispatch.exporting():  # an exported graph holds one convolution node
+    if x.device.type != "cpu" or exporting():  # an exported graph holds one convolution node
         return depthwise_conv2d_reference(x, weight, bias, dilation)
-    x, weight, bias = _dispatch.autocast(x, weight, bias)
+    x, weight, bias = autocast(x, weight, bias)
     tensors = (x, weight) if bias is None else (x, weight, bias)
     slow_gradient = (weight.shape[-1] > 3 or dilation > 1) and x.numel() >= 2**14  # below, the calls cost more
     if slow_gradient and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         out = _DepthwiseCPU.apply(x, weight, bias, dilation)
     else:
         out = _convolve(x, weight, bias, dilation)
-    return out if _dispatch.is_channels_last(x) else out.contiguous()
+    return out if is_channels_last(x) else out.contiguous()
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, d: int) -> Tensor:
@@ -91,7 +100,7 @@ class _DepthwiseCPU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        grad = _dispatch.channels_last(grad)
+        grad = channels_last(grad)
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_x = _convolve(grad, weight.flip(2, 3), None, ctx.dilation)
@@ -131,7 +140,7 @@ def _run_start(run, runs_per_row, dilation, RUN: tl.constexpr):
 
 
 @jit
-def _depthwise_fwd(
+def depthwise_fwd(
     x, weight, bias, out, n_runs, runs_per_row, C, H, W, dilation,
     HAS_BIAS: tl.constexpr, K: tl.constexpr, RUN: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
@@ -176,7 +185,7 @@ def _depthwise_fwd(
 
 
 @jit
-def _depthwise_bwd_weight(
+def depthwise_bwd_weight(
     grad, x, out, n_runs, runs_per_row, C, H, W, dilation,
     K: tl.constexpr, RUN: tl.constexpr, STEPS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
@@ -231,11 +240,20 @@ def launch_config(C: int, K: int, W: int, dilation: int, dtype: torch.dtype) -> 
     return {"K": K, "RUN": run, "BLOCK_R": (1024 if wide else 256) // channels, "BLOCK_C": channels, "num_warps": 4}
 
 
-def launch_configs(dtype: torch.dtype) -> list[tuple[int, dict[str, int]]]:
-    """Every result of :func:`launch_config` for a dtype, each with a channel count that leads to it."""
-    counts = (32, 64, 33) if dtype.itemsize <= 4 else (32,)
-    widths = (8, 5)  # a multiple of 4, a multiple of 5
-    return [(C, launch_config(C, K, W, 1, dtype)) for C in counts for K in TRITON_SIDES for W in widths]
+def launches(dtype: torch.dtype, hip: bool) -> Iterator[Launch]:
+    """What is compiled ahead of time: every result of :func:`launch_config` for a dtype."""
+    x, sums = pointer(dtype), pointer(precise_dtype(dtype))
+    for C in (32, 64, 33) if dtype.itemsize <= 4 else (32,):
+        sizes = dict.fromkeys(("n_runs", "runs_per_row", "H", "W", "dilation"), "i32")
+        sizes["C"] = "i32:16" if C % 16 == 0 else "i32"
+        for K, W in itertools.product(TRITON_SIDES, (8, 5)):  # widths: a multiple of 4, a multiple of 5
+            config = launch_config(C, K, W, 1, dtype) | {"ACC": accumulator(dtype)}
+            typical = (K, W) == (7, 5)
+            constants, arguments = config | {"STEPS": WEIGHT_GRAD_STEPS}, {"grad": x, "x": x, "out": sums}
+            yield Launch(depthwise_bwd_weight, constants, arguments | sizes, typical)
+            arguments = {"x": x, "weight": x, "bias": x, "out": x}
+            for bias in (True, False):  # without: the gradient of the input
+                yield Launch(depthwise_fwd, config | {"HAS_BIAS": bias}, arguments | sizes, typical and bias)
 
 
 def _launch(x: Tensor, kernel_side: int, dilation: int) -> tuple[dict, tuple, int]:
@@ -243,7 +261,7 @@ def _launch(x: Tensor, kernel_side: int, dilation: int) -> tuple[dict, tuple, in
     B, C, H, W = x.shape
     config = launch_config(C, kernel_side, W, dilation, x.dtype)
     runs_per_row = -(-W // (config["RUN"] * dilation)) * dilation
-    config["ACC"] = _triton.accumulator(x.dtype)
+    config["ACC"] = accumulator(x.dtype)
     return config, (B * H * runs_per_row, runs_per_row, C, H, W, dilation), -(-C // config["BLOCK_C"])
 
 
@@ -253,12 +271,12 @@ def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) ->
     out = torch.empty_like(x, memory_format=_CHANNELS_LAST)
     if x.numel() == 0:
         return out
-    x, bias = _dispatch.channels_last(x), None if bias is None else bias.contiguous()
+    x, bias = channels_last(x), None if bias is None else bias.contiguous()
     K = weight.shape[-1]
     config, sizes, c_blocks = _launch(x, K, dilation)
     taps = weight.reshape(-1, K * K).t().contiguous()  # neighbouring channels side by side, as in the map
     grid = (-(-sizes[0] // config["BLOCK_R"]), c_blocks)
-    _depthwise_fwd[grid](x, taps, taps if bias is None else bias, out, *sizes, HAS_BIAS=bias is not None, **config)
+    depthwise_fwd[grid](x, taps, taps if bias is None else bias, out, *sizes, HAS_BIAS=bias is not None, **config)
     return out
 
 
@@ -276,10 +294,9 @@ def _depthwise_weight_grad(grad: Tensor, x: Tensor, kernel_side: int, dilation: 
     config, sizes, c_blocks = _launch(x, K, dilation)
     config["STEPS"] = WEIGHT_GRAD_STEPS
     splits = -(-sizes[0] // (config["BLOCK_R"] * WEIGHT_GRAD_STEPS))
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    parts = torch.empty(splits, K * K + 1, C, device=x.device, dtype=dtype)
-    grad, x = _dispatch.channels_last(grad), _dispatch.channels_last(x)
-    _depthwise_bwd_weight[(splits, K, c_blocks)](grad, x, parts, *sizes, **config)
+    parts = torch.empty(splits, K * K + 1, C, device=x.device, dtype=precise_dtype(x.dtype))
+    grad, x = channels_last(grad), channels_last(x)
+    depthwise_bwd_weight[(splits, K, c_blocks)](grad, x, parts, *sizes, **config)
     total = parts.sum(0).to(x.dtype)
     return total[:-1].t().reshape(C, 1, K, K).contiguous(), total[-1].clone()
 
@@ -296,7 +313,7 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, grad):
     x, weight = ctx.saved_tensors
-    grad = _dispatch.channels_last(grad)
+    grad = channels_last(grad)
     grad_x = grad_weight = grad_bias = None
     if ctx.needs_input_grad[0]:
         grad_x = _depthwise(grad, weight.flip(2, 3), None, ctx.dilation)
@@ -335,9 +352,9 @@ def _flops_weight_grad(grad_shape, x_shape, kernel_side, *args, **kwargs) -> int
 
 def depthwise_conv2d_triton(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int = 1) -> Tensor:
     """The Triton kernels. Arguments as in :func:`depthwise_conv2d`."""
-    x, weight, bias = _dispatch.autocast(x, weight, bias)
-    out = _depthwise(_dispatch.channels_last(x), weight, bias, dilation)
-    return out if _dispatch.is_channels_last(x) else out.contiguous()
+    x, weight, bias = autocast(x, weight, bias)
+    out = _depthwise(channels_last(x), weight, bias, dilation)
+    return out if is_channels_last(x) else out.contiguous()
 
 
 def depthwise_conv2d(
@@ -361,7 +378,7 @@ def depthwise_conv2d(
     """
     if not torch.jit.is_tracing():  # which warns of every comparison
         _check(x, weight, bias, dilation)
-    chosen = _dispatch.choose("depthwise_conv2d", x, backend, lambda: _unsupported(x, weight))
+    chosen = choose("depthwise_conv2d", x, backend, lambda: _unsupported(x, weight))
     return _IMPLEMENTATIONS[chosen](x, weight, bias, dilation)
 
 
@@ -375,7 +392,7 @@ _IMPLEMENTATIONS = {
 def _unsupported(x: Tensor, weight: Tensor) -> str | None:
     if weight.shape[-1] not in TRITON_SIDES:
         return f"the kernel side is {weight.shape[-1]}, the kernels cover {', '.join(map(str, TRITON_SIDES))}"
-    return _dispatch.unsupported(x)
+    return unsupported_map(x)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> None:
@@ -390,4 +407,4 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Non
         raise ValueError(f"bias must be [C] with C = {C} as in x, got shape {tuple(bias.shape)}")
     if dilation < 1:
         raise ValueError(f"dilation must be at least 1, got {dilation}")
-    _dispatch.check_same(x, weight=weight, bias=bias)
+    check_same(x, weight=weight, bias=bias)

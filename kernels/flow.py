@@ -17,8 +17,14 @@ import math
 import torch
 from torch import Tensor
 
-from visionattn.kernels.common import backend as _dispatch
-from visionattn.kernels.linear_attn.causal import causal_sums
+from visionattn.kernels.common.backend import choose
+from visionattn.kernels.common.checks import check_same
+from visionattn.kernels.common.mode import autocasting, exporting
+from visionattn.kernels.common.precision import precise
+from visionattn.kernels.linear_attn import causal_sums
+
+__all__ = ["flow_attention", "flow_attention_torch"]
+
 
 # A CPU sums over a head quickest with the tokens side by side, if there are so many more of them than channels that
 # the transposition pays. Forward, and forward with backward, times the speed of heads side by side, on an AMD EPYC:
@@ -31,7 +37,7 @@ def flow_attention_reference(
 ) -> Tensor:
     """Every weight of every pair. Arguments as in :func:`flow_attention`."""
     L, S = q.shape[1], k.shape[1]
-    Q, K = torch.sigmoid(_precise(q)), torch.sigmoid(_precise(k))
+    Q, K = torch.sigmoid(precise(q)), torch.sigmoid(precise(k))
     n = torch.arange(1, L + 1, device=q.device)[:, None, None] if causal else 1  # causal flows are means of a prefix
 
     def total(x: Tensor) -> Tensor:
@@ -46,7 +52,7 @@ def flow_attention_reference(
     competition = strength / total(strength) * (n if causal else S)
     weights = torch.einsum("blhd,bshd->bhls", Q * incoming / n, K)
     weights = weights.tril() if causal else weights
-    out = torch.einsum("bhls,bshv->blhv", weights, _precise(v) * competition)
+    out = torch.einsum("bhls,bshv->blhv", weights, precise(v) * competition)
     return (out * torch.sigmoid(sink * (L / S))).to(v.dtype)
 
 
@@ -83,14 +89,14 @@ def _flow(x: Tensor, total: Tensor, eps: float, flow_eps: float) -> Tensor:
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
-    query, key = torch.sigmoid(_precise(q)), torch.sigmoid(_precise(k))
+    query, key = torch.sigmoid(precise(q)), torch.sigmoid(precise(k))
     n = torch.arange(1, q.shape[1] + 1, device=q.device)[:, None, None]
     incoming = n / _prefix_flow(query, key, eps)
     outgoing = n / _prefix_flow(key, query, eps)
     sink = _prefix_flow(query, key * outgoing, eps) / n
     strength = (_prefix_flow(key, query * incoming, eps) / n).clamp(-1, 1).exp()
     competition = strength / strength.cumsum(1) * n
-    out = causal_sums(query * (incoming / n), key, _precise(v) * competition)
+    out = causal_sums(query * (incoming / n), key, precise(v) * competition)
     return (out * torch.sigmoid(sink)).to(v.dtype)
 
 
@@ -100,15 +106,10 @@ def _prefix_flow(x: Tensor, y: Tensor, eps: float) -> Tensor:
 
 def _heads_first(x: Tensor, tokens_inside: bool) -> Tensor:
     """[B, N, h, D] to [B, h, D, N], with the tokens or else the channels of a head side by side in memory."""
-    x = _precise(x)
+    x = precise(x)
     if tokens_inside:
         return x.permute(0, 2, 3, 1).contiguous()
     return x.transpose(1, 2).contiguous().transpose(2, 3)
-
-
-def _precise(x: Tensor) -> Tensor:
-    """Sums over an image reach a thousand, their inverses a thousandth of a thousandth: not for 16 bits."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def flow_attention(
@@ -141,13 +142,13 @@ def flow_attention(
         ValueError: If shapes, dtypes or devices do not fit together, or an argument is not one of the allowed.
         BackendError: If the backend that was asked for cannot run this call.
     """
-    if not (torch.jit.is_tracing() or _dispatch.exporting()):
+    if not (torch.jit.is_tracing() or exporting()):
         _check(q, k, v, causal, eps, flow_eps)
     spatial = q.shape[1:-2]
     if len(spatial) > 1:
         q, k, v = q.flatten(1, -3), k.flatten(1, -3), v.flatten(1, -3)
-    chosen = _dispatch.choose("flow_attention", q, backend, lambda: "there are no kernels for it")
-    full = torch.autocast(q.device.type, enabled=False) if _dispatch.autocasting(q) else contextlib.nullcontext()
+    chosen = choose("flow_attention", q, backend, lambda: "there are no kernels for it")
+    full = torch.autocast(q.device.type, enabled=False) if autocasting(q) else contextlib.nullcontext()
     with full:
         out = _IMPLEMENTATIONS[chosen](q, k, v, causal, eps, flow_eps)
     return out.unflatten(1, spatial) if len(spatial) > 1 else out
@@ -177,4 +178,4 @@ def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool, eps: float, flow_eps: 
         raise ValueError(f"eps must be positive, got {eps!r}")
     if not (flow_eps >= 0 and math.isfinite(flow_eps)) or (causal and flow_eps):
         raise ValueError(f"flow_eps must be 0 or, without causal, positive, got {flow_eps!r}")
-    _dispatch.check_same(q, k=k, v=v)
+    check_same(q, k=k, v=v)

@@ -5,14 +5,24 @@ out[b, d, y, x] = gate[b, d, y, x] * (bias[d] + sum_c weight[d, c] * x[b, c, y, 
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visionattn.kernels.common import backend as _dispatch
-from visionattn.kernels.common import jit as _triton
+from visionattn.kernels.common.backend import choose
+from visionattn.kernels.common.checks import check_same, unsupported_map
 from visionattn.kernels.common.flops import flop_formula
 from visionattn.kernels.common.jit import jit, tl
+from visionattn.kernels.common.launch import Launch, pointer
+from visionattn.kernels.common.layout import channels_last, is_channels_last
+from visionattn.kernels.common.mode import autocast, autocasting
+from visionattn.kernels.common.precision import accumulator
+
+__all__ = ["gated_pointwise"]
+
 
 _CHANNELS_LAST = torch.channels_last
 
@@ -31,7 +41,7 @@ def gated_pointwise_torch(x: Tensor, weight: Tensor, bias: Tensor | None, gate: 
 
 
 @jit
-def _gated_pointwise_fwd(
+def gated_pointwise_fwd(
     x, weight, bias, gate, out, M, D, C: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -63,10 +73,18 @@ def launch_config(C: int, D: int, dtype: torch.dtype) -> dict[str, int]:
     return {"BLOCK_M": 128, "BLOCK_D": 64 if D > 32 else 32, "BLOCK_C": 64 if C >= 64 else 32, "num_warps": 4}
 
 
-def launch_configs(dtype: torch.dtype) -> list[tuple[int, int, dict[str, int]]]:
-    """Every result of :func:`launch_config` for a dtype, each after channel counts in and out that lead to it."""
+def launches(dtype: torch.dtype, hip: bool) -> Iterator[Launch]:
+    """What is compiled ahead of time: every result of :func:`launch_config` for a dtype."""
+    x = pointer(dtype)
     counts = (32, 96, 33) if dtype.itemsize <= 2 else (96, 33)
-    return [(C, D, launch_config(C, D, dtype)) for C in counts for D in counts if (C == 33) == (D == 33)]
+    for C, D in itertools.product(counts, counts):
+        if (C == 33) != (D == 33):
+            continue
+        arguments = dict.fromkeys(("x", "weight", "bias", "gate", "out"), x)
+        arguments |= {"M": "i32", "D": "i32:16" if D % 16 == 0 else "i32"}
+        config = launch_config(C, D, dtype) | {"C": C, "HAS_BIAS": True, "ACC": accumulator(dtype)}
+        for precision in ("ieee", "tf32") if dtype == torch.float32 and not hip else ("ieee",):
+            yield Launch(gated_pointwise_fwd, config | {"PRECISION": precision}, arguments, precision == "ieee")
 
 
 @torch.library.custom_op("visionattn::gated_pointwise", mutates_args=())
@@ -78,11 +96,11 @@ def _gated_pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tenso
     B, C, H, W = x.shape
     D, M = weight.shape[0], B * H * W
     config = launch_config(C, D, x.dtype)
-    config |= {"ACC": _triton.accumulator(x.dtype), "PRECISION": _precision()}
+    config |= {"ACC": accumulator(x.dtype), "PRECISION": _precision()}
     grid = (-(-M // config["BLOCK_M"]) * -(-D // config["BLOCK_D"]),)
-    x, gate = _dispatch.channels_last(x), _dispatch.channels_last(gate)
+    x, gate = channels_last(x), channels_last(gate)
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
-    _gated_pointwise_fwd[grid](
+    gated_pointwise_fwd[grid](
         x, weight, weight if bias is None else bias, gate, out, M, D, C=C, HAS_BIAS=bias is not None, **config
     )
     return out
@@ -110,7 +128,7 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, grad):
     x, weight, bias, gate = ctx.saved_tensors
-    grad = _dispatch.channels_last(grad)
+    grad = channels_last(grad)
     grad_x = grad_weight = grad_bias = grad_gate = None
     needed = ctx.needs_input_grad
     if needed[3]:  # the convolution is computed again, which is cheaper than to store and load it
@@ -139,9 +157,9 @@ def _flops(x_shape, weight_shape, *args, **kwargs) -> int:
 
 def gated_pointwise_triton(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor) -> Tensor:
     """The Triton kernels. Arguments as in :func:`gated_pointwise`."""
-    x, weight, bias = _dispatch.autocast(x, weight, bias)
-    out = _gated_pointwise(_dispatch.channels_last(x), weight, bias, _dispatch.channels_last(gate))
-    return out if _dispatch.is_channels_last(x) else out.contiguous()
+    x, weight, bias = autocast(x, weight, bias)
+    out = _gated_pointwise(channels_last(x), weight, bias, channels_last(gate))
+    return out if is_channels_last(x) else out.contiguous()
 
 
 def gated_pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, backend: str | None = None) -> Tensor:
@@ -164,10 +182,8 @@ def gated_pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor
     if not torch.jit.is_tracing():  # which warns of every comparison
         _check(x, weight, bias, gate)
     # Without tensor cores the product is bound by arithmetic, and cuBLAS is better at that than one kernel for all.
-    tensor_cores = x.dtype.itemsize == 2 or _dispatch.autocasting(x)
-    chosen = _dispatch.choose(
-        "gated_pointwise", x, backend, lambda: _dispatch.unsupported(x), prefer_triton=tensor_cores
-    )
+    tensor_cores = x.dtype.itemsize == 2 or autocasting(x)
+    chosen = choose("gated_pointwise", x, backend, lambda: unsupported_map(x), prefer_triton=tensor_cores)
     return _IMPLEMENTATIONS[chosen](x, weight, bias, gate)
 
 
@@ -189,4 +205,4 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor) -> None
         raise ValueError(f"bias must be [D] with D = {D} as in weight, got shape {tuple(bias.shape)}")
     if gate.shape != (B, D, H, W):
         raise ValueError(f"gate must be [B, D, H, W] = {(B, D, H, W)}, got shape {tuple(gate.shape)}")
-    _dispatch.check_same(x, weight=weight, bias=bias, gate=gate)
+    check_same(x, weight=weight, bias=bias, gate=gate)

@@ -19,10 +19,10 @@ from visionattn.attention import (
     SimplifiedLinearAttention,
     SpatialReductionAttention,
     WindowAttention,
-    agent,
 )
 from visionattn.hosts import PVT, CSwin, DeiT, DeiTGrid, PVTv2, Swin
 from visionattn.hosts.release import _fit, checkpoint_filter_fn
+from visionattn.kernels import agent
 from visionattn.layers.norms import PRepBN
 
 # Exact, as counted on the authors' code.

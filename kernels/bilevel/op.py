@@ -13,25 +13,17 @@ import operator
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from visionattn.kernels.bilevel.chunks import chunked_attention
-from visionattn.kernels.bilevel.regions import (
-    cut,
-    from_regions,
-    gathered_attention,
-    region_means,
-    route_regions,
-    to_regions,
-)
-from visionattn.kernels.bilevel.triton import bilevel_attention_triton, unsupported
-from visionattn.kernels.common import backend as _dispatch
-from visionattn.kernels.common.backend import eager
-from visionattn.kernels.neighborhood.geometry import per_axis
+from visionattn.kernels.bilevel.cpu import bilevel_routing_attention_torch
+from visionattn.kernels.bilevel.regions import cut, find_routes, from_regions, split_map
+from visionattn.kernels.bilevel.triton import bilevel_routing_attention_triton, unsupported
+from visionattn.kernels.common.backend import choose
+from visionattn.kernels.common.checks import check_same, per_axis
+from visionattn.kernels.common.mode import autocast, eager
+from visionattn.kernels.common.precision import precise_dtype
 
-# Up to here a mask over all pairs of tokens measured faster than copies of the routed regions.
-MASKED_TOKENS = 196
+__all__ = ["bilevel_routing_attention"]
 
 
 def bilevel_routing_attention_reference(
@@ -47,118 +39,23 @@ def bilevel_routing_attention_reference(
 ) -> Tensor:
     """Gather every region's keys and values, as the authors do. Arguments as in :func:`bilevel_routing_attention`."""
     if routes is None:
-        routes = _routes(q, k, region, topk)
-    precise = torch.promote_types(q.dtype, torch.float32)
+        routes = find_routes(q, k, region, topk)
+    full = precise_dtype(q.dtype)
     dtype, (B, H, W, h, D), E = q.dtype, q.shape, v.shape[-1]
-    q = _split(q.to(precise), region).transpose(2, 3)  # B R h T D
-    k, v = (_split(t.to(precise), key_region) for t in (k, v))  # B R S h D
+    q = split_map(q.to(full), region).transpose(2, 3)  # B R h T D
+    k, v = (split_map(t.to(full), key_region) for t in (k, v))  # B R S h D
     R, S, K = k.shape[1], k.shape[2], routes.shape[-1]
     index = routes[:, :, :, None, None, None]
     k = k[:, None].expand(B, R, R, S, h, D).gather(2, index.expand(B, R, K, S, h, D))
     v = v[:, None].expand(B, R, R, S, h, E).gather(2, index.expand(B, R, K, S, h, E))
     if weights is not None:
-        factor = weights.to(precise)[:, :, :, None, None, None]
+        factor = weights.to(full)[:, :, :, None, None, None]
         k, v = k * factor, v * factor
     k, v = (t.flatten(2, 3).transpose(2, 3) for t in (k, v))  # B R h K*S D
     with torch.autocast(q.device.type, enabled=False):
         out = ((q * scale) @ k.transpose(-1, -2)).softmax(-1) @ v
     out = from_regions(out.transpose(2, 3).flatten(3), cut(H, W, *region), H, W)
     return out.reshape(B, H, W, h, E).to(dtype)
-
-
-def bilevel_routing_attention_torch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    region: tuple[int, int],
-    topk: int,
-    routes: Tensor | None,
-    weights: Tensor | None,
-    key_region: tuple[int, int],
-    scale: float,
-) -> Tensor:
-    """The fastest form known in plain PyTorch operators. Arguments as in :func:`bilevel_routing_attention`.
-
-    Copies of keys and values are made for a few regions at a time. Second derivatives need the reference.
-    """
-    B, H, W, h, _ = q.shape
-    E = v.shape[-1]
-    searched = routes is None and weights is None  # then all regions of a row of routes differ
-    if searched and not _dispatch.exporting():
-        if operator.index(topk) == _regions(q, region):
-            return _dense(q, k, v, region, None, scale)
-        if H * W <= MASKED_TOKENS:
-            out = _dense(q, k, v, region, _routes(q, k, region, topk), scale)
-            # A probability of 0 times a NaN or Inf of a region that is not attended to is NaN.
-            if not eager(q) or q.device.type != "cpu" or out.detach().sum().isfinite():
-                return out
-    if routes is None:
-        routes = _routes(q, k, region, topk)
-    q, k, v = _split(q, region), _split(k, key_region), _split(v, key_region)
-    if eager(q):
-        B, R, K = routes.shape
-        index = (routes + R * torch.arange(B, device=q.device)[:, None, None]).flatten(0, 1)
-        factor = None if weights is None else weights.flatten(0, 1).to(k.dtype)
-        out = chunked_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), index, factor, scale)
-    else:
-        out = gathered_attention(q, k, v, routes, weights, scale)
-    grid = cut(H, W, *region)
-    out = out.reshape(B, grid[0] * grid[2], grid[1] * grid[3], h * E)
-    return from_regions(out, grid, H, W).reshape(B, H, W, h, E)
-
-
-def bilevel_routing_attention_triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    region: tuple[int, int],
-    topk: int,
-    routes: Tensor | None,
-    weights: Tensor | None,
-    key_region: tuple[int, int],
-    scale: float,
-) -> Tensor:
-    """Triton kernels, or PyTorch's attention if it is to all regions. As :func:`bilevel_routing_attention`."""
-    if routes is None and operator.index(topk) == _regions(q, region):
-        return _dense(q, k, v, region, None, scale)
-    if routes is None:
-        routes = _routes(q, k, region, topk)
-    return bilevel_attention_triton(q, k, v, routes, region, key_region, scale)
-
-
-def _dense(q: Tensor, k: Tensor, v: Tensor, region: tuple[int, int], routes: Tensor | None, scale: float) -> Tensor:
-    """Attention to all tokens, or to those of the routed regions by a mask."""
-    B, H, W, h, _ = q.shape
-    down, rows, across, columns = cut(H, W, *region)
-    pad = (0, 0, 0, 0, 0, across * columns - W, 0, down * rows - H)  # zeros take part, as keys and values
-    if any(pad):
-        k, v = F.pad(k, pad), F.pad(v, pad)
-    mask = None
-    if routes is not None:
-        chosen = torch.zeros(B, down * across, down * across, dtype=q.dtype, device=q.device)
-        chosen = torch.full_like(chosen, -torch.inf).scatter(2, routes, chosen)
-        of_row = torch.arange(down * rows, device=q.device) // rows * across
-        of_token = of_row[:, None] + torch.arange(across * columns, device=q.device) // columns
-        mask = chosen.index_select(1, of_token[:H, :W].flatten()).index_select(2, of_token.flatten())[:, None]
-    q, k, v = (t.flatten(1, 2).transpose(1, 2) for t in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    return out.transpose(1, 2).reshape(B, H, W, h, -1)
-
-
-def _split(x: Tensor, region: tuple[int, int]) -> Tensor:
-    """[B, H, W, h, D] -> [B, R, T, h, D]"""
-    return to_regions(x.flatten(3), cut(*x.shape[1:3], *region)).unflatten(-1, x.shape[3:])
-
-
-def _routes(q: Tensor, k: Tensor, region: tuple[int, int], topk: int) -> Tensor:
-    """Indices of the regions to attend to, through which no gradient flows. [B, R, K]"""
-    q, k = (region_means(t.detach().flatten(3), cut(*t.shape[1:3], *region)) for t in (q, k))
-    return route_regions(q, k, topk)[1]
-
-
-def _regions(x: Tensor, region: tuple[int, int]) -> int:
-    down, _, across, _ = cut(*x.shape[1:3], *region)
-    return operator.index(down * across)
 
 
 def bilevel_routing_attention(
@@ -204,8 +101,8 @@ def bilevel_routing_attention(
     if not torch.jit.is_tracing():  # which warns of every comparison
         _check(q, k, v, region, topk, routes, weights, key_region)
     scale = operator.index(q.shape[-1]) ** -0.5 if scale is None else float(scale)
-    q, k, v = _dispatch.autocast(q, k, v)
-    chosen = _dispatch.choose("bilevel_routing_attention", q, backend, lambda: unsupported(q, v, weights))
+    q, k, v = autocast(q, k, v)
+    chosen = choose("bilevel_routing_attention", q, backend, lambda: unsupported(q, v, weights))
     return _IMPLEMENTATIONS[chosen](q, k, v, region, topk, routes, weights, key_region, scale)
 
 
@@ -264,9 +161,7 @@ def _check(
             raise ValueError(f"routes must be from 0 to {down * across - 1}, got {least} to {largest}")
     if weights is not None and weights.shape != routes.shape:
         raise ValueError(f"weights must be {tuple(routes.shape)} as routes are, got shape {tuple(weights.shape)}")
-    cast = _dispatch.autocasting(q)
-    for name, tensor in (("k", k), ("v", v), ("routes", routes), ("weights", weights)):
+    check_same(q, "q", k=k, v=v)
+    for name, tensor in (("routes", routes), ("weights", weights)):
         if tensor is not None and tensor.device != q.device:
             raise ValueError(f"{name} must be on {q.device} as q is, got {tensor.device}")
-        if name in "kv" and tensor.dtype != q.dtype and not cast:
-            raise ValueError(f"{name} must be {q.dtype} as q is, got {tensor.dtype}")

@@ -9,84 +9,25 @@ and values are sums over the queries of the regions that are routed to theirs, f
 
 from __future__ import annotations
 
-import ctypes
 import math
+import operator
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from visionattn.kernels.bilevel.regions import cut
-from visionattn.kernels.bilevel.triton_kernels import _bilevel_bwd_dkv, _bilevel_bwd_dq, _bilevel_fwd
-from visionattn.kernels.common import backend as _dispatch
-from visionattn.kernels.common import jit as _triton
+from visionattn.kernels.bilevel.export import dense_attention
+from visionattn.kernels.bilevel.launches import FORWARD, GRAD_KEY, GRAD_QUERY, MAX_HEAD_DIM, launch
+from visionattn.kernels.bilevel.regions import count_regions, find_routes
+from visionattn.kernels.bilevel.triton_kernels import bilevel_bwd_dkv, bilevel_bwd_dq, bilevel_fwd
+from visionattn.kernels.common.checks import unsupported_count, unsupported_dtype
 from visionattn.kernels.common.flops import flop_formula
+from visionattn.kernels.common.launch import strides
+from visionattn.kernels.common.layout import last_contiguous
+from visionattn.kernels.common.mode import autocast
+from visionattn.kernels.common.precision import precise_dtype
 
-__all__ = ["bilevel_attention_triton", "launch_config", "unsupported"]
-
-MAX_HEAD_DIM = {2: 128, 4: 64, 8: 64}  # by the bytes of a number
-FORWARD, GRAD_QUERY, GRAD_KEY = "forward", "grad_query", "grad_key"
-
-
-def launch_config(kernel: str, D: int, E: int, tokens: int, dtype: torch.dtype) -> dict[str, int]:
-    """Sizes of one launch: the largest that compile without spills.
-
-    Args:
-        kernel: Which of the kernels.
-        D: Head dim of queries and keys.
-        E: Head dim of values.
-        tokens: Tokens of the regions that are cut into blocks: of keys for their gradients, else of queries.
-        dtype: Of q, k and v.
-    """
-    widest = max(D, E)
-    block = max(16, min(_power_of_2(tokens), 64))
-    if dtype.itemsize == 2:
-        step = 32 if widest > 64 or kernel == GRAD_KEY else 64
-        if widest > 64 and kernel != FORWARD:
-            block, step = min(block, 32), 16 if kernel == GRAD_KEY else 32
-        warps, stages = 4 if widest > 64 else block // 16, 2
-    else:  # full-width products run on the ordinary units, which hold their operands in registers
-        narrow = dtype.itemsize == 8 or (widest > 32 and kernel == GRAD_KEY)
-        block, step = min(block, 16 if narrow else 32), 16
-        warps, stages = 8 if narrow else 4, 1
-    own, other = ("BLOCK_N", "BLOCK_M") if kernel == GRAD_KEY else ("BLOCK_M", "BLOCK_N")
-    return {
-        "D": D,
-        "E": E,
-        own: block,
-        other: step,
-        "BLOCK_D": max(16, _power_of_2(D)),
-        "BLOCK_E": max(16, _power_of_2(E)),
-        "num_warps": warps,
-        "num_stages": stages,
-    }
-
-
-def _power_of_2(number: int) -> int:
-    return 1 << (number - 1).bit_length()
-
-
-def _launch(
-    kernel: str, q: Tensor, k: Tensor, v: Tensor, K: int, region: Sequence[int], key_region: Sequence[int], scale: float
-) -> tuple[tuple[int], tuple, dict]:
-    """Grid, size arguments and constants."""
-    B, H, W, h, D = q.shape
-    down, _, across, _ = cut(H, W, *region)
-    tokens = math.prod(key_region if kernel == GRAD_KEY else region)
-    config = launch_config(kernel, D, v.shape[-1], tokens, q.dtype)
-    config |= {"ACC": _triton.accumulator(q.dtype), "PRECISION": "ieee"}
-    if kernel != GRAD_KEY:
-        config["STEPS"] = -(-K * math.prod(key_region) // config["BLOCK_N"])
-    blocks = -(-tokens // config["BLOCK_N" if kernel == GRAD_KEY else "BLOCK_M"])
-    scale *= math.log2(math.e)  # in base 2, as float32 and what that leaves, which float64 needs
-    high = ctypes.c_float(scale).value
-    sizes = (h, (H, W), tuple(k.shape[1:3]), tuple(region), tuple(key_region), across, down * across, K)
-    return (B * down * across * blocks * h,), (*sizes, high, scale - high), config
-
-
-def _strides(x: Tensor) -> tuple[int, ...]:
-    """Strides of batch, rows, columns and heads; 0 where there is one only, lest it count as another kernel."""
-    return tuple(0 if size == 1 else step for size, step in zip(x.shape[:-1], x.stride()[:-1], strict=True))
+__all__ = ["bilevel_attention_triton", "bilevel_routing_attention_triton", "unsupported"]
 
 
 @torch.library.custom_op("visionattn::bilevel_attention", mutates_args=())
@@ -97,14 +38,14 @@ def _bilevel(
     out, lse = _empty_results(q, v)
     if out.numel() == 0:
         return out, lse
-    grid, sizes, constants = _launch(FORWARD, q, k, v, routes.shape[-1], region, key_region, scale)
-    _bilevel_fwd[grid](q, k, v, routes, out, lse, *map(_strides, (q, k, v, out)), *sizes, **constants)
+    grid, sizes, constants = launch(FORWARD, q, k, v, routes.shape[-1], region, key_region, scale)
+    bilevel_fwd[grid](q, k, v, routes, out, lse, *map(strides, (q, k, v, out)), *sizes, **constants)
     return out, lse
 
 
 def _empty_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     out = torch.empty((*q.shape[:-1], v.shape[-1]), device=q.device, dtype=q.dtype)
-    return out, torch.empty(q.shape[:-1], device=q.device, dtype=torch.promote_types(q.dtype, torch.float32))
+    return out, torch.empty(q.shape[:-1], device=q.device, dtype=precise_dtype(q.dtype))
 
 
 @_bilevel.register_fake
@@ -131,15 +72,15 @@ def _bilevel_backward(
         return dq, dk, dv
     K = routes.shape[-1]
     delta = torch.empty_like(lse)
-    strides = tuple(map(_strides, (grad, q, k, v, out)))
-    grid, sizes, constants = _launch(GRAD_QUERY, q, k, v, K, region, key_region, scale)
-    _bilevel_bwd_dq[grid](
-        grad, q, k, v, routes, out, lse, delta, dq, *strides, _strides(dq), *sizes, **constants
+    steps = tuple(map(strides, (grad, q, k, v, out)))
+    grid, sizes, constants = launch(GRAD_QUERY, q, k, v, K, region, key_region, scale)
+    bilevel_bwd_dq[grid](
+        grad, q, k, v, routes, out, lse, delta, dq, *steps, strides(dq), *sizes, **constants
     )  # fmt: skip
     sources, starts = invert(routes)
-    grid, sizes, constants = _launch(GRAD_KEY, q, k, v, K, region, key_region, scale)
-    _bilevel_bwd_dkv[grid](
-        grad, q, k, v, sources, starts, lse, delta, dk, dv, *strides, _strides(dk), _strides(dv), *sizes, **constants
+    grid, sizes, constants = launch(GRAD_KEY, q, k, v, K, region, key_region, scale)
+    bilevel_bwd_dkv[grid](
+        grad, q, k, v, sources, starts, lse, delta, dk, dv, *steps, strides(dk), strides(dv), *sizes, **constants
     )  # fmt: skip
     return dq, dk, dv
 
@@ -171,7 +112,7 @@ def _save(ctx, inputs, output):
 def _backward(ctx, grad, grad_lse):
     if grad is None:
         return (None,) * 7
-    return *_bilevel_backward(_last_contiguous(grad), *ctx.saved_tensors, *ctx.arguments), *(None,) * 4
+    return *_bilevel_backward(last_contiguous(grad), *ctx.saved_tensors, *ctx.arguments), *(None,) * 4
 
 
 _bilevel.register_autograd(_backward, setup_context=_save)
@@ -194,10 +135,6 @@ def _pairs(q_shape: Sequence[int], routes_shape: Sequence[int], key_region: Sequ
     return math.prod(q_shape[:-1]) * routes_shape[-1] * math.prod(key_region)
 
 
-def _last_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def bilevel_attention_triton(
     q: Tensor,
     k: Tensor,
@@ -211,19 +148,36 @@ def bilevel_attention_triton(
 
     They read q, k and v in place if their last axis is contiguous, as it is in views of one projection.
     """
-    q, k, v = map(_last_contiguous, _dispatch.autocast(q, k, v))
+    q, k, v = map(last_contiguous, autocast(q, k, v))
     return _bilevel(q, k, v, routes.contiguous(), list(region), list(key_region), scale)[0]
+
+
+def bilevel_routing_attention_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    region: tuple[int, int],
+    topk: int,
+    routes: Tensor | None,
+    weights: Tensor | None,
+    key_region: tuple[int, int],
+    scale: float,
+) -> Tensor:
+    """Triton kernels, or PyTorch's attention if it is to all regions. As :func:`bilevel_routing_attention`."""
+    if routes is None and operator.index(topk) == count_regions(q, region):
+        return dense_attention(q, k, v, region, None, scale)
+    if routes is None:
+        routes = find_routes(q, k, region, topk)
+    return bilevel_attention_triton(q, k, v, routes, region, key_region, scale)
 
 
 def unsupported(q: Tensor, v: Tensor, weights: Tensor | None) -> str | None:
     """What of a call the Triton kernels do not cover, None if they cover it."""
-    if q.dtype not in _dispatch._TRITON_DTYPES:
-        return f"the dtype is {q.dtype}, the kernels cover {', '.join(map(str, _dispatch._TRITON_DTYPES))}"
+    if reason := unsupported_dtype(q):
+        return reason
     widest, limit = max(q.shape[-1], v.shape[-1]), MAX_HEAD_DIM[q.dtype.itemsize]
     if widest > limit:
         return f"the head dim is {widest}, the kernels cover up to {limit} in {q.dtype}"
     if weights is not None:
         return "the kernels have no weights (soft routing)"
-    if q.numel() // max(q.shape[-1], 1) >= 2**31:
-        return "the kernels count positions times heads in 32 bits, there are 2**31 or more"
-    return None
+    return unsupported_count(q.numel() // max(q.shape[-1], 1), "positions times heads")

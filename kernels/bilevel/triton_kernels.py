@@ -54,7 +54,7 @@ def _routed(routes, n, tokens, K, across, region, shape):
 
 
 @jit
-def _bilevel_fwd(
+def bilevel_fwd(
     q, k, v, routes, out, lse, q_strides, k_strides, v_strides, out_strides,
     heads, shape, key_shape, region, key_region, across, regions, K, scale, scale_low,
     D: tl.constexpr, E: tl.constexpr, STEPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -94,7 +94,7 @@ def _bilevel_fwd(
 
 
 @jit
-def _bilevel_bwd_dq(
+def bilevel_bwd_dq(
     grad, q, k, v, routes, out, lse, delta, dq,
     grad_strides, q_strides, k_strides, v_strides, out_strides, dq_strides,
     heads, shape, key_shape, region, key_region, across, regions, K, scale, scale_low,
@@ -136,7 +136,7 @@ def _bilevel_bwd_dq(
 
 
 @jit
-def _bilevel_bwd_dkv(
+def bilevel_bwd_dkv(
     grad, q, k, v, sources, starts, lse, delta, dk, dv,
     grad_strides, q_strides, k_strides, v_strides, out_strides, dk_strides, dv_strides,
     heads, shape, key_shape, region, key_region, across, regions, K, scale, scale_low,

@@ -1,0 +1,12 @@
+"""What every operator needs and none of them is: the one room that all operators import from.
+
+backend     which implementation of an operator runs
+mode        what is done with the tensors of a call: traced, compiled, exported, transformed, autocast
+checks      checks of arguments, and what the Triton kernels refuse
+layout      strides, channels_last, padding and cropping of maps
+precision   the dtype in which sums are formed
+cache       how many samples a CPU takes at a time
+jit         Triton, imported at the first launch
+launch      what launches of Triton kernels share, and how they are listed for the compiler
+flops       FLOP formulas for ``torch.utils.flop_counter``
+"""

@@ -11,15 +11,13 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor
 
-from visionattn.kernels.common import jit as _triton
+from visionattn.kernels.common import jit
+from visionattn.kernels.common.mode import exporting
 
 BACKENDS = ("triton", "torch", "reference")
 ENVIRONMENT_VARIABLE = "VISIONATTN_BACKEND"
-
-_TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 _setting: str | None = None
 
@@ -87,85 +85,14 @@ def choose(
     """
     name = _checked(backend, "backend") if backend is not None else get_backend()
     if name == "triton":
-        reason = unsupported() or _triton.unavailable(x.device)
+        reason = unsupported() or jit.unavailable(x.device)
         if reason:
             raise BackendError(f"{op}: backend 'triton' cannot run this call: {reason}; use backend=None or 'torch'")
     if name is not None:
         return name
     if not x.is_cuda or not prefer_triton or exporting():
         return "torch"
-    return "torch" if unsupported() or _triton.unavailable(x.device) else "triton"
-
-
-def exporting() -> bool:
-    """Whether a graph is being recorded for another runtime, which knows PyTorch's own operators only."""
-    # torch 2.11's is_exporting() says yes while torch.compile traces, too; the flag behind it does not.
-    flag = getattr(torch.compiler, "_is_exporting_flag", None)
-    exported = torch.compiler.is_exporting() if flag is None else flag
-    return exported or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
-
-
-def transformed() -> bool:
-    """Whether torch.func maps or differentiates, which knows nothing of a custom operator's gradient."""
-    level = getattr(torch._C._functorch, "maybe_current_level", lambda: None)
-    return level() is not None
-
-
-transformed._dynamo_marked_constant = True  # a compiler asks once, while it traces, and cannot look inside
-
-
-def eager(x: Tensor) -> bool:
-    """Whether a tensor is a plain one with values: nothing traces, compiles, maps or differentiates by torch.func."""
-    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return type(x) in (Tensor, torch.nn.Parameter) and not recorded and not transformed()
-
-
-def autocasting(x: Tensor) -> bool:
-    """Whether autocast is on for the device of ``x``; meta has none, and asking it raises."""
-    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
-
-
-def autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Under autocast, cast to the autocast dtype as a convolution does."""
-    if not autocasting(x) or x.dtype == torch.float64:
-        return x, *others
-    dtype = torch.get_autocast_dtype(x.device.type)
-    return tuple(None if t is None else t.to(dtype) for t in (x, *others))
-
-
-def is_channels_last(x: Tensor) -> bool:
-    """Whether the channels of a map lie side by side, so that a convolution returns channels_last."""
-    return x.stride(1) == 1
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """The map in channels_last, without a copy if it is already. [B, C, H, W]"""
-    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # unlike contiguous(memory_format=), vmap knows these
-
-
-def unsupported(x: Tensor) -> str | None:
-    """What of a map no Triton kernel covers, ``None`` if they cover it."""
-    if x.dtype not in _TRITON_DTYPES:
-        return f"the dtype is {x.dtype}, the kernels cover {', '.join(map(str, _TRITON_DTYPES))}"
-    if x.shape[0] * x.shape[2] * x.shape[3] >= 2**31:
-        return "the kernels count positions in 32 bits, the map has 2**31 or more"
-    return None
-
-
-def check_same(x: Tensor, **others: Tensor | None) -> None:
-    """Check that tensors are where ``x`` is and, except under autocast, of its dtype.
-
-    Raises:
-        ValueError: Naming the tensor that is not.
-    """
-    cast = autocasting(x)
-    for name, tensor in others.items():
-        if tensor is None:
-            continue
-        if tensor.device != x.device:
-            raise ValueError(f"{name} must be on {x.device} as x is, got {tensor.device}")
-        if tensor.dtype != x.dtype and not cast:
-            raise ValueError(f"{name} must be {x.dtype} as x is, got {tensor.dtype}")
+    return "torch" if unsupported() or jit.unavailable(x.device) else "triton"
 
 
 def _checked(name: str, source: str) -> str:

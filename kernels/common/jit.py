@@ -36,7 +36,7 @@ class _Language:
 tl = _Language()
 
 
-class _LazyKernel:
+class LazyKernel:
     """A function that becomes a Triton kernel when it is first launched."""
 
     def __init__(self, fn: Callable):
@@ -50,7 +50,7 @@ class _LazyKernel:
         return scope[self.fn.__name__][grid]
 
 
-jit = _LazyKernel
+jit = LazyKernel
 
 
 def load_kernels(scope: dict) -> None:
@@ -61,7 +61,7 @@ def load_kernels(scope: dict) -> None:
     for name, value in list(scope.items()):
         if value is tl:
             scope[name] = triton.language
-        elif isinstance(value, _LazyKernel):
+        elif isinstance(value, LazyKernel):
             scope[name] = triton.jit(value.fn)
 
 
@@ -82,10 +82,3 @@ def unavailable(device: torch.device) -> str | None:
             f"the tensors are on {device.type}, the kernels need a CUDA or ROCm device (or TRITON_INTERPRET=1 on cpu)"
         )
     return None
-
-
-def accumulator(dtype: torch.dtype):
-    """The type that kernels add up in: ``tl.float64`` for float64, else ``tl.float32``."""
-    import triton.language
-
-    return triton.language.float64 if dtype == torch.float64 else triton.language.float32

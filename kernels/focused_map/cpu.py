@@ -1,44 +1,29 @@
-"""The focused feature map in PyTorch operators: plain, and for a CPU in place with a gradient of its own.
+"""The focused feature map on a CPU, in place with a gradient of its own.
 
-Shapes: B batch, N tokens, h heads, D head dim. See ``linear_forms.focused`` for what it is.
+Shapes: B batch, N tokens, h heads, D head dim. See ``op.py`` for what it is.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from visionattn.kernels.linear_attn.cpu import samples_in_cache
+from visionattn.kernels.common.cache import samples_in_cache
+from visionattn.kernels.common.precision import precise_dtype
+from visionattn.kernels.focused_map.export import focused_export
 
-__all__ = ["Focused", "focused_plain"]
-
-
-def focused_plain(x: Tensor, power: float, divisor: Tensor) -> Tensor:
-    """In a few operators that every runtime knows.
-
-    Args:
-        x: [B, N, h, D]
-        power: The focusing factor.
-        divisor: One for all or one of each channel. [] or [h, D]
-    """
-    y = x if x.dtype == torch.float64 else x.float()
-    y = (F.relu(y) + 1e-6) / divisor.to(y.dtype)
-    # Divided by its largest element, a power neither overflows nor vanishes; the norm below takes the factor out.
-    sharp = (y / y.amax((-2, -1), keepdim=True)) ** power
-    norm = torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True)
-    return sharp * (norm / torch.linalg.vector_norm(sharp, dim=(-2, -1), keepdim=True))
+__all__ = ["Focused"]
 
 
 class Focused(torch.autograd.Function):
     """Focused features, a few samples after the other in place; the backward pass needs nothing but the input.
 
-    Arguments as in :func:`focused_plain`.
+    Arguments as in :func:`focused_export`.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, power: float, divisor: Tensor) -> Tensor:
         ctx.save_for_backward(x, divisor)
         ctx.power = power
-        y = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        y = torch.empty(x.shape, dtype=precise_dtype(x.dtype), device=x.device)
         for source, out in zip(*_slices(x, y), strict=True):
             _, _, norm = _sharpened(source, power, divisor, out)
             out.mul_(norm)
@@ -49,7 +34,7 @@ class Focused(torch.autograd.Function):
         x, divisor = ctx.saved_tensors
         if torch.is_grad_enabled():  # somebody wants to differentiate this, too
             needed = [t for t in (x, divisor) if t.requires_grad]
-            grads = iter(torch.autograd.grad(focused_plain(x, ctx.power, divisor), needed, grad, create_graph=True))
+            grads = iter(torch.autograd.grad(focused_export(x, ctx.power, divisor), needed, grad, create_graph=True))
             return next(grads) if x.requires_grad else None, None, next(grads) if divisor.requires_grad else None
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         dfactor = torch.zeros(x.shape[2:], dtype=grad.dtype, device=x.device)

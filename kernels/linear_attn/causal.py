@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from visionattn.kernels.linear_attn.forms import coefficients, rotate_pairs
+from visionattn.kernels.linear_attn.forms import coefficients
+from visionattn.kernels.linear_attn.rotation import rotate_pairs
 
 CHUNK = 64
 

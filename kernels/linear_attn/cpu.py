@@ -1,98 +1,47 @@
-"""Faster forms of two steps of linear attention, for plain tensors that no compiler, exporter or transform looks at."""
+"""Linear attention in PyTorch's own operators: a few samples at a time where that keeps them in a CPU's cache."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from visionattn.kernels.common.backend import eager
+from visionattn.kernels.common.cache import samples_at_a_time
+from visionattn.kernels.common.precision import precise
+from visionattn.kernels.linear_attn.causal import mix_causal
+from visionattn.kernels.linear_attn.forms import Form, Rotary, epilogue, features, mix
 
-# Features of a slice of the batch, 4 MiB of them. Measured on an AMD EPYC at the stages of Swin and PVT, batch 8, with
-# one and two threads: mostly within 10 % of the best of five sizes. The memory of larger ones comes back page by page.
-SLICE_ELEMENTS = 2**20
-# On one thread PyTorch leaves convolutions of less than 16 samples to another library.
-SAMPLES = 16
-# Tokens from which on a copy of the result costs more than products that write it with strides.
-LARGE_MAP = 1024
+__all__ = ["linear_attention_torch"]
 
 
-def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs as complex numbers, 5 to 20 times the speed of sines and cosines on a CPU. [B, N, h, D]"""
-    turn = torch.complex(cos, sin)[:, None]
-    x = x.to(cos.dtype).unflatten(-1, (-1, 2))
-    if x.storage_offset() % 2 or any(step % 2 for step in x.stride()[:-1]) or x.stride(-1) != 1:
-        x = x.contiguous()
-    return torch.view_as_real(torch.view_as_complex(x) * turn).flatten(-2)
+def linear_attention_torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    form: Form,
+    rotary: Rotary | None = None,
+    key_weights: Tensor | None = None,
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
+) -> Tensor:
+    """The fastest form known in plain PyTorch operators. Arguments as in ``linear_attention_reference``."""
+    if rotary is not None:
+        rotary = precise(rotary[0]).to(precise(q).dtype), precise(rotary[1]).to(precise(q).dtype)
+    arguments = (q, k, v, key_weights, residual, gate)
+    samples = samples_at_a_time(q)
+    if samples >= q.shape[0]:
+        return _mixed(form, rotary, *arguments)
+    slices = zip(*([None] * q.shape[0] if t is None else t.split(samples) for t in arguments), strict=False)
+    return torch.cat([_mixed(form, rotary, *parts) for parts in slices])
 
 
-def prefers_convolutions(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether :func:`convolved_products` is the fastest: one head, one thread, inference in float32 with oneDNN.
-
-    Measured on an AMD EPYC at 64 channels: 0.5 times the time on maps of 56x56 and 112x112; on two threads 1.3 times.
-    """
-    if not runs_in_slices(query) or torch.get_num_threads() > 1 or not torch.backends.mkldnn.is_available():
-        return False
-    N, M = query.shape[1], key.shape[1]
-    fits = query.shape[2] == 1 and N % SAMPLES == 0 and M % SAMPLES == 0 and min(N, M) > 0
-    return fits and query.dtype == torch.float32
-
-
-def convolved_products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """``query (key^T value)`` of one head by the 1x1 convolutions of oneDNN.
-
-    The sum over keys is what a convolution of keys to values has as the gradient of its weight.
-    """
-    outputs = []
-    for q, k, v in zip(query, key, value, strict=True):
-        q, k, v = (t.reshape(SAMPLES, -1, 1, t.shape[-1]).permute(0, 3, 1, 2) for t in (q, k, v))
-        shape = (v.shape[1], k.shape[1], 1, 1)
-        state = torch.nn.grad.conv2d_weight(k, shape, v)
-        outputs.append(F.conv2d(q, state).permute(0, 2, 3, 1).reshape(1, -1, 1, v.shape[1]))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-
-
-def products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """``query (key^T value)`` of every head, sample by sample: no tensor has to be copied to be one batch of matrices.
-
-    Arguments as in ``linear_forms._products``.
-    """
-    out, heads = _result(query, value)
-    for q, k, v, o in zip(query, key, value, heads, strict=True):
-        torch.bmm(q.transpose(0, 1), k.permute(1, 2, 0) @ v.transpose(0, 1), out=o)
-    return out
-
-
-def centered(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """As ``linear_forms._centered``, sample by sample."""
-    out, heads = _result(query, value)
-    sums, means = key.sum(1)[..., None], value.mean(1)[:, :, None]
-    for q, k, v, s, m, o in zip(query, key, value, sums, means, heads, strict=True):
-        state = torch.baddbmm(s * m, k.permute(1, 2, 0), v.transpose(0, 1), beta=-scale, alpha=scale)
-        torch.baddbmm(m, q.transpose(0, 1), state, out=o)
-    return out
-
-
-def _result(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Room for a result, [B, N, h, V], and the same as matrices, [B, h, N, V]."""
-    B, N, h, _ = query.shape
-    if N >= LARGE_MAP:
-        out = torch.empty(B, N, h, value.shape[-1], dtype=query.dtype, device=query.device)
-        return out, out.transpose(1, 2)
-    heads = torch.empty(B, h, N, value.shape[-1], dtype=query.dtype, device=query.device)
-    return heads.transpose(1, 2), heads
-
-
-def runs_in_slices(q: Tensor) -> bool:
-    """Whether this is inference on a CPU, which takes a few samples at a time."""
-    return q.device.type == "cpu" and not torch.is_grad_enabled() and eager(q) and q.numel() > 0
-
-
-def samples_at_a_time(q: Tensor) -> int:
-    """How many samples are taken at a time."""
-    return samples_in_cache(q) if runs_in_slices(q) else q.shape[0]
-
-
-def samples_in_cache(q: Tensor) -> int:
-    """How many samples are worth taking at a time."""
-    return max(1, SLICE_ELEMENTS // max(1, q.shape[1:].numel()))
+def _mixed(form: Form, rotary: Rotary | None, q, k, v, key_weights, residual, gate) -> Tensor:
+    query, key, value = features(precise(q), form.query_map), features(precise(k), form.key_map), precise(v)
+    weights = None if key_weights is None else key_weights.to(query.dtype)
+    options = (form.normalizer, form.scale, form.eps, rotary, weights)
+    if form.causal:
+        out = mix_causal(query, key, value, *options)
+    else:
+        joins = residual is not None and residual.dtype == query.dtype
+        out = mix(query, key, value, *options, form.rank_augmented, residual if joins else None)
+        residual = None if joins else residual
+    return epilogue(out.to(v.dtype), residual, gate)

@@ -9,15 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visionattn.kernels.common import backend as _dispatch
-from visionattn.kernels.common.backend import eager
-from visionattn.kernels.focused_map.cpu import Focused, focused_plain
-from visionattn.kernels.focused_map.triton import focused_triton, unsupported
-from visionattn.kernels.linear_attn import cpu as _linear_eager
-from visionattn.kernels.linear_attn import rotation as _rotate_op
+from visionattn.kernels.common.cache import runs_in_slices
+from visionattn.kernels.focused_map.op import focused
+from visionattn.kernels.linear_attn import products
+from visionattn.kernels.linear_attn.rotation import rotate_pairs
 
 FEATURE_MAPS = ("identity", "relu", "relu2", "elu+1", "exp", "softmax", "focused")
 NORMALIZERS = ("sum", "mean", "none", "inline", "magnitude")
+Rotary = tuple[Tensor, Tensor]
 
 
 class Form(NamedTuple):
@@ -30,11 +29,6 @@ class Form(NamedTuple):
     eps: float
     rank_augmented: bool
     causal: bool
-
-
-def precise(x: Tensor) -> Tensor:
-    """``x`` in the dtype that sums are formed in: float64 for itself, float32 for all others."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def features(x: Tensor, name: str) -> Tensor:
@@ -54,92 +48,10 @@ def features(x: Tensor, name: str) -> Tensor:
     return x
 
 
-def focused(x: Tensor, power: float = 3.0, scale: Tensor | None = None, backend: str | None = None) -> Tensor:
-    """Sharpen ``y = (relu(x) + 1e-6) / softplus(scale)`` to ``y ** power`` and give it back the norm of ``y``.
-
-    The norms are those of whole tokens, all heads together (FLatten, arXiv 2308.00442).
-
-    Args:
-        x: Queries or keys; the result is at least in float32. [B, N, h, D]
-        power: The focusing factor.
-        scale: Learned, one of each channel; None for no division. Any shape of h * D elements.
-        backend: ``"triton"``, ``"torch"``, ``"reference"``, or ``None`` for the setting or the automatic choice.
-    """
-    divisor = torch.ones([], dtype=x.dtype, device=x.device)
-    if scale is not None:
-        divisor = F.softplus(scale).reshape(x.shape[-2], x.shape[-1])
-    if torch.jit.is_scripting():
-        return focused_plain(x, power, divisor)
-    else:
-        return _fastest_focused(x, power, divisor, backend)
-
-
-def _fastest_focused(x: Tensor, power: float, divisor: Tensor, backend: str | None) -> Tensor:
-    chosen = _dispatch.choose("focused", x, backend, lambda: unsupported(x))
-    if chosen == "triton":
-        return focused_triton(x, power, divisor)
-    if chosen == "torch" and x.device.type == "cpu" and x.numel() > 0 and eager(x):
-        return Focused.apply(x, power, divisor)
-    return focused_plain(x, power, divisor)
-
-
-def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the adjacent pairs (2i, 2i + 1) of the last axis.
-
-    Args:
-        x: Features. [B, N, h, D]
-        cos: Cosines of the angles of every position. [N, D / 2]
-        sin: Sines. [N, D / 2]
-    """
-    if torch.jit.is_scripting():
-        return _rotate_parts(x, cos, sin)
-    else:
-        if _rotate_op.suits_compiler(x, cos, sin):
-            return _rotate_op.rotate_op(x, cos, sin)
-        return _linear_eager.rotate_pairs(x, cos, sin) if eager(x) else _rotate_parts(x, cos, sin)
-
-
-def _rotate_parts(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    pairs = x.unflatten(-1, [cos.shape[-1], 2])
-    a, b = pairs[..., 0], pairs[..., 1]
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
-
-
-def rotary_tables(
-    height: int, width: int, dim: int, device: torch.device | None = None, base: float = 10000.0
-) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the angles of every position of a map, row-major, in float32. Twice [height * width, dim / 2]
-
-    The first half of the pairs turns with the row, the second with the column, at speeds from 1 to ``1 / base``, both
-    ends included: ``base ** -(i / (n - 1))`` for ``n = dim / 4`` (RMT, arXiv 2309.11523; RAVLT; MAViT).
-
-    Args:
-        height: Rows of the map.
-        width: Columns of the map.
-        dim: Head dim, a multiple of 4.
-        device: Where the tables are made.
-        base: Fastest over slowest turn.
-    """
-    count = dim // 4
-    speed = torch.pow(base, torch.arange(count, device=device, dtype=torch.float32) / -max(count - 1, 1))
-    rows = torch.arange(height, device=device, dtype=torch.float32)[:, None] * speed
-    columns = torch.arange(width, device=device, dtype=torch.float32)[:, None] * speed
-    cos = _row_major(rows.cos(), columns.cos())
-    return cos, _row_major(rows.sin(), columns.sin())
-
-
-def _row_major(rows: Tensor, columns: Tensor) -> Tensor:
-    """[H, n] and [W, m] to [H * W, n + m]."""
-    H, W = rows.shape[0], columns.shape[0]
-    rows = rows[:, None].expand(H, W, rows.shape[1])
-    return torch.cat([rows, columns[None].expand(H, W, columns.shape[1])], -1).flatten(0, 1)
-
-
 def away_from_zero(x: Tensor, eps: float) -> Tensor:
     """``x`` with a magnitude of at least ``eps``: what a feature map with negative values may need as a divisor."""
     if not torch.jit.is_scripting():
-        if _linear_eager.runs_in_slices(x) and float(x.amin()) >= eps:
+        if runs_in_slices(x) and float(x.amin()) >= eps:
             return x
     return torch.where(x.abs() < eps, torch.where(x < 0, -eps, eps), x)
 
@@ -176,10 +88,10 @@ def _products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """``query (key^T value)`` of every head. [B, N, h, F], [B, M, h, F], [B, M, h, V] to [B, N, h, V]"""
     if torch.jit.is_scripting():
         return _matrix_products(query, key, value)
-    elif _linear_eager.prefers_convolutions(query, key, value):
-        return _linear_eager.convolved_products(query, key, value)
-    elif _linear_eager.runs_in_slices(query):
-        return _linear_eager.products(query, key, value)
+    elif products.prefers_convolutions(query, key, value):
+        return products.convolved_products(query, key, value)
+    elif runs_in_slices(query):
+        return products.products(query, key, value)
     else:
         return _matrix_products(query, key, value)
 
@@ -192,8 +104,8 @@ def _matrix_products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def _centered(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """``mean(v) + q (k^T v - sum(k) mean(v)) * scale`` of every head: "inline" without a pass for the divisor."""
     if not torch.jit.is_scripting():
-        if _linear_eager.runs_in_slices(query):
-            return _linear_eager.centered(query, key, value, scale)
+        if runs_in_slices(query):
+            return products.centered(query, key, value, scale)
     mean = value.mean(1)[:, :, None]  # B h 1 V
     state = key.permute(0, 2, 3, 1) @ value.transpose(1, 2) - key.sum(1)[..., None] * mean
     query, state, mean = (t.flatten(0, 1) for t in (query.transpose(1, 2), state * scale, mean))
@@ -240,3 +152,9 @@ def mix(
     factor, shift = coefficients(total, value.shape[1], normalizer, scale, eps)
     out = out * factor if residual is None else torch.addcmul(residual, out, factor)
     return out if shift is None else torch.addcmul(out, shift, value.mean(1, keepdim=True))
+
+
+def epilogue(out: Tensor, residual: Tensor | None, gate: Tensor | None) -> Tensor:
+    """The residual added, then the gate multiplied, where there are such. [B, N, h, V] all"""
+    out = out if residual is None else out + residual
+    return out if gate is None else out * gate

@@ -16,23 +16,27 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from visionattn.kernels.common import backend as _dispatch
-from visionattn.kernels.linear_attn import cpu as _linear_eager
-from visionattn.kernels.linear_attn.causal import mix_causal
+from visionattn.kernels.common.backend import choose
+from visionattn.kernels.common.checks import check_same
+from visionattn.kernels.common.mode import autocast, autocasting, exporting
+from visionattn.kernels.common.precision import precise
+from visionattn.kernels.linear_attn.cpu import linear_attention_torch
 from visionattn.kernels.linear_attn.forms import (
     FEATURE_MAPS,
     NORMALIZERS,
     Form,
+    Rotary,
     away_from_zero,
+    epilogue,
     features,
-    mix,
-    precise,
-    rotate_pairs,
 )
+from visionattn.kernels.linear_attn.rotation import rotate_pairs
 from visionattn.kernels.linear_attn.triton import linear_attention_triton, unsupported
 
+__all__ = ["linear_attention"]
+
+
 FeatureMap = str | Callable[[Tensor], Tensor]
-Rotary = tuple[Tensor, Tensor]
 
 
 def linear_attention_reference(
@@ -72,46 +76,7 @@ def linear_attention_reference(
     else:
         weights = s * similarity
     out = torch.einsum("bhnm,bmhd->bnhd", weights, v.to(query.dtype)).to(v.dtype)
-    return _epilogue(out, residual, gate)
-
-
-def linear_attention_torch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    form: Form,
-    rotary: Rotary | None = None,
-    key_weights: Tensor | None = None,
-    residual: Tensor | None = None,
-    gate: Tensor | None = None,
-) -> Tensor:
-    """The fastest form known in plain PyTorch operators. Arguments as in :func:`linear_attention_reference`."""
-    if rotary is not None:
-        rotary = precise(rotary[0]).to(precise(q).dtype), precise(rotary[1]).to(precise(q).dtype)
-    arguments = (q, k, v, key_weights, residual, gate)
-    samples = _linear_eager.samples_at_a_time(q)
-    if samples >= q.shape[0]:
-        return _mixed(form, rotary, *arguments)
-    slices = zip(*([None] * q.shape[0] if t is None else t.split(samples) for t in arguments), strict=False)
-    return torch.cat([_mixed(form, rotary, *parts) for parts in slices])
-
-
-def _mixed(form: Form, rotary: Rotary | None, q, k, v, key_weights, residual, gate) -> Tensor:
-    query, key, value = features(precise(q), form.query_map), features(precise(k), form.key_map), precise(v)
-    weights = None if key_weights is None else key_weights.to(query.dtype)
-    options = (form.normalizer, form.scale, form.eps, rotary, weights)
-    if form.causal:
-        out = mix_causal(query, key, value, *options)
-    else:
-        joins = residual is not None and residual.dtype == query.dtype
-        out = mix(query, key, value, *options, form.rank_augmented, residual if joins else None)
-        residual = None if joins else residual
-    return _epilogue(out.to(v.dtype), residual, gate)
-
-
-def _epilogue(out: Tensor, residual: Tensor | None, gate: Tensor | None) -> Tensor:
-    out = out if residual is None else out + residual
-    return out if gate is None else out * gate
+    return epilogue(out, residual, gate)
 
 
 def linear_attention(
@@ -174,7 +139,7 @@ def linear_attention(
         BackendError: If the backend that was asked for cannot run this call.
     """
     query_map, key_map = feature_map if isinstance(feature_map, tuple) else (feature_map, feature_map)
-    if not (torch.jit.is_tracing() or _dispatch.exporting()):
+    if not (torch.jit.is_tracing() or exporting()):
         _check_options(query_map, key_map, normalizer, eps, key_weights, rank_augmented, causal)
         _check_tensors(q, k, v, rotary, key_weights, residual, gate, normalizer, rank_augmented, causal)
     spatial = q.shape[1:-2]
@@ -182,14 +147,14 @@ def linear_attention(
         q, k, v, residual, gate = (None if t is None else t.flatten(1, -3) for t in (q, k, v, residual, gate))
         key_weights = None if key_weights is None else key_weights.flatten(1, -2)
     scale = operator.index(q.shape[-1]) ** -0.5 if scale is None else float(scale)
-    cast = torch.autocast(q.device.type, enabled=False) if _dispatch.autocasting(q) else contextlib.nullcontext()
-    q, k, v, residual, gate = _dispatch.autocast(q, k, v, residual, gate)
+    cast = torch.autocast(q.device.type, enabled=False) if autocasting(q) else contextlib.nullcontext()
+    q, k, v, residual, gate = autocast(q, k, v, residual, gate)
     if not isinstance(query_map, str):
         q, query_map = query_map(q), "identity"
     if not isinstance(key_map, str):
         k, key_map = key_map(k), "identity"
     form = Form(query_map, key_map, normalizer, scale, float(eps), rank_augmented, causal)
-    chosen = _dispatch.choose("linear_attention", q, backend, lambda: unsupported(q, v, form))
+    chosen = choose("linear_attention", q, backend, lambda: unsupported(q, v, form))
     with cast:
         out = _IMPLEMENTATIONS[chosen](q, k, v, form, rotary, key_weights, residual, gate)
     return out.unflatten(1, spatial) if len(spatial) > 1 else out
@@ -249,4 +214,4 @@ def _check_tensors(q, k, v, rotary, key_weights, residual, gate, normalizer, ran
     for name, tensor in (("residual", residual), ("gate", gate)):
         if tensor is not None and tensor.shape != (*q.shape[:-1], v.shape[-1]):
             raise ValueError(f"{name} must be {(*q.shape[:-1], v.shape[-1])}, got shape {tuple(tensor.shape)}")
-    _dispatch.check_same(q, k=k, v=v, residual=residual, gate=gate)
+    check_same(q, k=k, v=v, residual=residual, gate=gate)

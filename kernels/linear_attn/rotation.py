@@ -1,32 +1,61 @@
-"""Rotation of pairs as one opaque operator, for compiled graphs on a CPU: code that a compiler writes for interleaved
-pairs is scalar, and several times slower. B batch, N positions, h heads, D head dim.
-"""
-
-from __future__ import annotations
+"""Rotation of pairs of features by position. Shapes: B batch, N positions, h heads, D head dim, H rows, W columns."""
 
 import torch
 from torch import Tensor
 
-from visionattn.kernels.common import backend as _dispatch
-from visionattn.kernels.linear_attn import cpu as _linear_eager
+from visionattn.kernels.common.mode import eager, exporting, transformed
 
-__all__ = ["rotate_op", "suits_compiler"]
+__all__ = ["rotary_tables", "rotate_pairs"]
 
 
-def suits_compiler(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the adjacent pairs (2i, 2i + 1) of the last axis.
+
+    Args:
+        x: Features. [B, N, h, D]
+        cos: Cosines of the angles of every position. [N, D / 2]
+        sin: Sines. [N, D / 2]
+    """
+    if torch.jit.is_scripting():
+        return _rotate_parts(x, cos, sin)
+    else:
+        if _suits_compiler(x, cos, sin):
+            return _rotate_op(x, cos, sin)
+        return _rotate_complex(x, cos, sin) if eager(x) else _rotate_parts(x, cos, sin)
+
+
+def _rotate_parts(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    pairs = x.unflatten(-1, [cos.shape[-1], 2])
+    a, b = pairs[..., 0], pairs[..., 1]
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
+
+
+def _rotate_complex(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate pairs as complex numbers, 5 to 20 times the speed of sines and cosines on a CPU. [B, N, h, D]"""
+    turn = torch.complex(cos, sin)[:, None]
+    x = x.to(cos.dtype).unflatten(-1, (-1, 2))
+    if x.storage_offset() % 2 or any(step % 2 for step in x.stride()[:-1]) or x.stride(-1) != 1:
+        x = x.contiguous()
+    return torch.view_as_real(torch.view_as_complex(x) * turn).flatten(-2)
+
+
+def _suits_compiler(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
     """Whether a compiler is recording a call that the operator covers: on a CPU, of tables without gradients."""
     if not torch.compiler.is_compiling() or x.device.type != "cpu" or cos.requires_grad or sin.requires_grad:
         return False
-    return not _dispatch.exporting() and not _dispatch.transformed()
+    return not exporting() and not transformed()
 
 
 @torch.library.custom_op("visionattn::rotate_pairs", mutates_args=(), device_types="cpu")
-def rotate_op(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Arguments as of ``linear_forms.rotate_pairs``. The result has the dtype of ``cos``. [B, N, h, D]"""
-    return _linear_eager.rotate_pairs(x, cos, sin).contiguous()
+def _rotate_op(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """One opaque operator for compiled graphs on a CPU, where a compiler's code for interleaved pairs is scalar and
+    several times slower. Arguments as of :func:`rotate_pairs`. The result has the dtype of ``cos``. [B, N, h, D]
+    """
+    return _rotate_complex(x, cos, sin).contiguous()
 
 
-@rotate_op.register_fake
+@_rotate_op.register_fake
 def _(x, cos, sin):
     return torch.empty(x.shape, device=x.device, dtype=cos.dtype)
 
@@ -39,7 +68,37 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, grad):
     cos, sin = ctx.saved_tensors
-    return rotate_op(grad, cos, -sin).to(ctx.dtype), None, None
+    return _rotate_op(grad, cos, -sin).to(ctx.dtype), None, None
 
 
-rotate_op.register_autograd(_backward, setup_context=_save)
+_rotate_op.register_autograd(_backward, setup_context=_save)
+
+
+def rotary_tables(
+    height: int, width: int, dim: int, device: torch.device | None = None, base: float = 10000.0
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the angles of every position of a map, row-major, in float32. Twice [height * width, dim / 2]
+
+    The first half of the pairs turns with the row, the second with the column, at speeds from 1 to ``1 / base``, both
+    ends included: ``base ** -(i / (n - 1))`` for ``n = dim / 4`` (RMT, arXiv 2309.11523; RAVLT; MAViT).
+
+    Args:
+        height: Rows of the map.
+        width: Columns of the map.
+        dim: Head dim, a multiple of 4.
+        device: Where the tables are made.
+        base: Fastest over slowest turn.
+    """
+    count = dim // 4
+    speed = torch.pow(base, torch.arange(count, device=device, dtype=torch.float32) / -max(count - 1, 1))
+    rows = torch.arange(height, device=device, dtype=torch.float32)[:, None] * speed
+    columns = torch.arange(width, device=device, dtype=torch.float32)[:, None] * speed
+    cos = _row_major(rows.cos(), columns.cos())
+    return cos, _row_major(rows.sin(), columns.sin())
+
+
+def _row_major(rows: Tensor, columns: Tensor) -> Tensor:
+    """[H, n] and [W, m] to [H * W, n + m]."""
+    H, W = rows.shape[0], columns.shape[0]
+    rows = rows[:, None].expand(H, W, rows.shape[1])
+    return torch.cat([rows, columns[None].expand(H, W, columns.shape[1])], -1).flatten(0, 1)

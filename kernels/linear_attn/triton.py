@@ -1,72 +1,42 @@
-"""Launches the Triton kernels of linear attention; see ``_linear_kernels.py`` for what they compute."""
+"""Launches the Triton kernels of linear attention; see ``triton_kernels.py`` for what they compute."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from visionattn.kernels.common import backend as _dispatch
-from visionattn.kernels.common import jit as _triton
+from visionattn.kernels.common.checks import unsupported_dtype
 from visionattn.kernels.common.flops import flop_formula
-from visionattn.kernels.linear_attn.forms import Form, features, global_weights, precise
+from visionattn.kernels.common.layout import last_contiguous
+from visionattn.kernels.common.precision import precise, precise_dtype
+from visionattn.kernels.linear_attn.forms import Form, features, global_weights
+from visionattn.kernels.linear_attn.launches import (
+    KEYS,
+    KEYS_BWD,
+    MAX_WIDTH,
+    QUERIES,
+    QUERIES_BWD,
+    constants,
+    steps,
+)
 from visionattn.kernels.linear_attn.triton_kernels import (
-    _linear_keys,
-    _linear_keys_bwd,
-    _linear_queries,
-    _linear_queries_bwd,
+    linear_keys,
+    linear_keys_bwd,
+    linear_queries,
+    linear_queries_bwd,
 )
 
-# Wider heads would need more registers than there are, in full-width products sooner than in others.
-MAX_WIDTH = {2: 96, 4: 64, 8: 64}
+__all__ = ["linear_attention_triton", "unsupported"]
+
 IN_KERNEL = ("identity", "relu", "relu2", "elu+1", "exp")  # all other maps are applied before
-KEYS, QUERIES, QUERIES_BWD, KEYS_BWD = "keys", "queries", "queries_bwd", "keys_bwd"
-PROGRAMS = 512  # enough for every GPU; a sum over tokens is split until there are as many
-MAX_STEPS = 16
 
 
-def launch_config(kernel: str, D: int, V: int, dtype: torch.dtype, hip: bool) -> dict[str, int]:
-    """Sizes of one launch. Few on purpose: all of them are compiled ahead of time in the tests."""
-    backward = kernel in (QUERIES_BWD, KEYS_BWD)
-    block_d, block_v = max(16, _power_of_2(D // 2)), max(16, _power_of_2(V))
-    wide = block_d * block_v > 2048
-    block_n = {KEYS: 64 if dtype.itemsize <= 2 else 32, QUERIES: 64, QUERIES_BWD: 16, KEYS_BWD: 32}[kernel]
-    many = wide or kernel == QUERIES_BWD or (dtype.itemsize > 2 and kernel != QUERIES)
-    return {
-        "BLOCK_N": 16 if dtype.itemsize == 8 else max(16, block_n // 2) if wide else block_n,
-        "BLOCK_D": block_d,
-        "BLOCK_V": block_v,
-        "num_warps": 8 if many and not (hip and backward) else 4,  # AMD's have twice the registers if they are few
-        "num_stages": 1 if backward else 2,
-    }
+def _constants(kernel: str, q: Tensor, v: Tensor, **form) -> dict:
+    return constants(kernel, q.shape[-1], v.shape[-1], v.dtype, torch.version.hip is not None, **form)
 
 
-def _power_of_2(number: int) -> int:
-    return 1 << max(number - 1, 0).bit_length()
-
-
-def _steps(length: int, heads: int, block: int) -> int:
-    """How many blocks of tokens one program adds up: a power of two, so that few kernels are compiled."""
-    blocks = -(-length // block)
-    steps = 1
-    while steps < MAX_STEPS and heads * -(-blocks // (2 * steps)) >= PROGRAMS:
-        steps *= 2
-    return steps
-
-
-def precision(dtype: torch.dtype, hip: bool) -> str:
-    """How products are formed: TF32 for 16-bit inputs, whose rounding it does not add to, and where the user allows."""
-    tf32 = not hip and (dtype.itemsize == 2 or torch.backends.cuda.matmul.allow_tf32)
-    return "tf32" if tf32 else "ieee"
-
-
-def _constants(kernel: str, q: Tensor, v: Tensor, **extra) -> dict:
-    D, V = q.shape[-1], v.shape[-1]
-    hip = torch.version.hip is not None
-    config = launch_config(kernel, D, V, v.dtype, hip) | {"PRECISION": precision(v.dtype, hip)}
-    return {"D": D, "V": V, "ACC": _triton.accumulator(v.dtype), **config, **extra}
-
-
-def _strides(x: Tensor | None) -> tuple[int, int, int]:
+def _steps_of(x: Tensor | None) -> tuple[int, ...]:
+    """Strides of batch, tokens and heads. [B, N, h, D] or [B, N, h]"""
     return (0, 0, 0) if x is None else tuple(x.stride()[:3])
 
 
@@ -77,7 +47,7 @@ def _or(x: Tensor | None, other: Tensor) -> Tensor:
 def _sums(q: Tensor, v: Tensor, parts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Room for partial sums: state, sum of keys, sum of values."""
     rows = (parts, q.shape[0] * q.shape[2])
-    dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
+    dtype = precise_dtype(v.dtype)
     shapes = ((q.shape[-1], v.shape[-1]), (q.shape[-1],), (v.shape[-1],))
     return tuple(torch.empty(rows + shape, device=q.device, dtype=dtype) for shape in shapes)
 
@@ -103,22 +73,22 @@ def _linear(
     out, state, key_sum, mean = _empty_results(q, v)
     if out.numel() == 0:
         return out, state.zero_(), key_sum.zero_(), mean.zero_()
-    constants = _constants(KEYS, k, v, MAP=key_map, ROTARY=cos is not None, WEIGHTED=weights is not None)
-    constants["STEPS"] = _steps(M, B * h, constants["BLOCK_N"])
-    parts = max(-(-M // (constants["BLOCK_N"] * constants["STEPS"])), 1)
+    config = _constants(KEYS, k, v, MAP=key_map, ROTARY=cos is not None, WEIGHTED=weights is not None)
+    config["STEPS"] = steps(M, B * h, config["BLOCK_N"])
+    parts = max(-(-M // (config["BLOCK_N"] * config["STEPS"])), 1)
     sums = _sums(q, v, parts)
-    _linear_keys[(B * h, parts)](
-        k, v, _or(weights, k), _or(cos, k), _or(sin, k), *sums, _strides(k), _strides(v), _strides(weights), h, M,
-        **constants,
+    linear_keys[(B * h, parts)](
+        k, v, _or(weights, k), _or(cos, k), _or(sin, k), *sums, *map(_steps_of, (k, v, weights)), h, M,
+        **config,
     )  # fmt: skip
     for total, part in zip((state, key_sum, mean), sums, strict=True):
         torch.sum(part, 0, out=total)
     mean.div_(max(M, 1))
-    constants = _constants(QUERIES, q, v, MAP=query_map, NORMALIZER=normalizer, ROTARY=cos is not None)
-    constants |= {"RESIDUAL": residual is not None, "GATE": gate is not None}
-    _linear_queries[(B * h, -(-N // constants["BLOCK_N"]))](
+    config = _constants(QUERIES, q, v, MAP=query_map, NORMALIZER=normalizer, ROTARY=cos is not None)
+    config |= {"RESIDUAL": residual is not None, "GATE": gate is not None}
+    linear_queries[(B * h, -(-N // config["BLOCK_N"]))](
         q, _or(cos, q), _or(sin, q), state, key_sum, mean, _or(residual, q), _or(gate, q), out,
-        *map(_strides, (q, residual, gate)), h, N, max(M, 1), scale, eps, **constants,
+        *map(_steps_of, (q, residual, gate)), h, N, max(M, 1), scale, eps, **config,
     )  # fmt: skip
     return out, state, key_sum, mean
 
@@ -159,20 +129,20 @@ def _linear_backward(
     if grad.numel() == 0 or M == 0:
         return tuple(g.zero_() for g in grads)
     rotary = cos is not None
-    constants = _constants(QUERIES_BWD, q, v, MAP=query_map, NORMALIZER=normalizer, ROTARY=rotary)
-    constants |= {"RESIDUAL": residual is not None, "GATE": gate is not None}
-    constants["STEPS"] = _steps(N, B * h, constants["BLOCK_N"])
-    parts = -(-N // (constants["BLOCK_N"] * constants["STEPS"]))
+    config = _constants(QUERIES_BWD, q, v, MAP=query_map, NORMALIZER=normalizer, ROTARY=rotary)
+    config |= {"RESIDUAL": residual is not None, "GATE": gate is not None}
+    config["STEPS"] = steps(N, B * h, config["BLOCK_N"])
+    parts = -(-N // (config["BLOCK_N"] * config["STEPS"]))
     sums = _sums(q, v, parts)
-    _linear_queries_bwd[(B * h, parts)](
+    linear_queries_bwd[(B * h, parts)](
         grad, q, _or(cos, q), _or(sin, q), state, key_sum, mean, _or(residual, q), _or(gate, q), dq, dgate, *sums,
-        *map(_strides, (grad, q, residual, gate)), h, N, M, scale, eps, **constants,
+        *map(_steps_of, (grad, q, residual, gate)), h, N, M, scale, eps, **config,
     )  # fmt: skip
     dstate, dkey_sum, dmean = (part.sum(0) for part in sums)
-    constants = _constants(KEYS_BWD, k, v, MAP=key_map, ROTARY=rotary, WEIGHTED=weights is not None)
-    _linear_keys_bwd[(B * h, -(-M // constants["BLOCK_N"]))](
+    config = _constants(KEYS_BWD, k, v, MAP=key_map, ROTARY=rotary, WEIGHTED=weights is not None)
+    linear_keys_bwd[(B * h, -(-M // config["BLOCK_N"]))](
         k, v, _or(weights, k), _or(cos, k), _or(sin, k), dstate, dkey_sum, dmean / M, dk, dv, dweights,
-        *map(_strides, (k, v, weights)), h, M, **constants,
+        *map(_steps_of, (k, v, weights)), h, M, **config,
     )  # fmt: skip
     return grads
 
@@ -199,7 +169,7 @@ def _backward(ctx, grad, *_):
         return (None,) * 13
     tensors = ctx.saved_tensors
     weights, residual, gate = tensors[3], tensors[6], tensors[7]
-    grad = _last_contiguous(grad)
+    grad = last_contiguous(grad)
     dq, dk, dv, dweights, dgate = _linear_backward(grad, *tensors, *ctx.arguments)
     dresidual = None if residual is None else grad if gate is None else grad * gate
     gradients = (dq, dk, dv, None if weights is None else dweights, None, None, dresidual)
@@ -219,10 +189,6 @@ def _flops(q_shape, k_shape, v_shape, *args, **kwargs) -> int:
 def _flops_backward(grad_shape, q_shape, k_shape, v_shape, *args, **kwargs) -> int:
     B, N, h, D = q_shape
     return 2 * B * h * (3 * N + 2 * k_shape[1]) * D * v_shape[-1]
-
-
-def _last_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def linear_attention_triton(
@@ -248,14 +214,14 @@ def linear_attention_triton(
         if feature_map not in IN_KERNEL:
             tensors[i], maps[i] = features(precise(tensors[i]), feature_map), "identity"
     cos, sin = (None, None) if rotary is None else (table.detach().contiguous() for table in rotary)
-    q, k, v, *epilogue = (None if t is None else _last_contiguous(t) for t in (*tensors, v, residual, gate))
+    q, k, v, *epilogue = (None if t is None else last_contiguous(t) for t in (*tensors, v, residual, gate))
     return _linear(q, k, v, key_weights, cos, sin, *epilogue, *maps, form.normalizer, form.scale, form.eps)[0]
 
 
 def unsupported(q: Tensor, v: Tensor, form: Form) -> str | None:
     """What of a call the Triton kernels do not cover, ``None`` if they cover it."""
-    if not {q.dtype, v.dtype} <= set(_dispatch._TRITON_DTYPES):
-        return f"the dtype is {v.dtype}, the kernels cover {', '.join(map(str, _dispatch._TRITON_DTYPES))}"
+    if reason := unsupported_dtype(q, v):
+        return reason
     if form.causal:
         return "it is causal, the kernels sum over all keys"
     widest = MAX_WIDTH[max(q.dtype, v.dtype, key=lambda dtype: dtype.itemsize).itemsize]

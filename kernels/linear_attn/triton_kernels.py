@@ -93,7 +93,7 @@ def _coefficients(t, scale, eps, count, NORMALIZER: tl.constexpr):
 
 
 @jit
-def _linear_keys(
+def linear_keys(
     k, v, weights, cos, sin, state, key_sum, value_sum, k_strides, v_strides, w_strides, heads, M,
     D: tl.constexpr, V: tl.constexpr, MAP: tl.constexpr, ROTARY: tl.constexpr, WEIGHTED: tl.constexpr,
     STEPS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -151,7 +151,7 @@ def _load_sums(state, key_sum, program, d, c, D: tl.constexpr, V: tl.constexpr):
 
 
 @jit
-def _linear_queries(
+def linear_queries(
     q, cos, sin, state, key_sum, value_mean, residual, gate, out, q_strides, r_strides, g_strides,
     heads, N, M, scale, eps,
     D: tl.constexpr, V: tl.constexpr, MAP: tl.constexpr, NORMALIZER: tl.constexpr, ROTARY: tl.constexpr,
@@ -186,7 +186,7 @@ def _linear_queries(
 
 
 @jit
-def _linear_queries_bwd(
+def linear_queries_bwd(
     grad, q, cos, sin, state, key_sum, value_mean, residual, gate, dq, dgate, dstate, dkey_sum, dvalue_sum,
     o_strides, q_strides, r_strides, g_strides, heads, N, M, scale, eps,
     D: tl.constexpr, V: tl.constexpr, MAP: tl.constexpr, NORMALIZER: tl.constexpr, ROTARY: tl.constexpr,
@@ -250,7 +250,7 @@ def _linear_queries_bwd(
 
 
 @jit
-def _linear_keys_bwd(
+def linear_keys_bwd(
     k, v, weights, cos, sin, dstate, dkey_sum, dvalue_mean, dk, dv, dweights, k_strides, v_strides, w_strides, heads, M,
     D: tl.constexpr, V: tl.constexpr, MAP: tl.constexpr, ROTARY: tl.constexpr, WEIGHTED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,

@@ -15,25 +15,22 @@ import torch
 from torch import Tensor
 
 from visionattn.kernels.common.flops import flop_formula
+from visionattn.kernels.common.layout import last_contiguous
+from visionattn.kernels.common.precision import precise_dtype
 
-__all__ = ["empty_gradients", "empty_results", "last_contiguous", "register"]
+__all__ = ["empty_gradients", "empty_results", "register"]
 
 
 def empty_results(q: Tensor) -> tuple[Tensor, Tensor]:
     """The results of the forward operator, yet to be filled."""
     out = torch.empty(q.shape, device=q.device, dtype=q.dtype)
-    return out, torch.empty(q.shape[:-1], device=q.device, dtype=torch.promote_types(q.dtype, torch.float32))
+    return out, torch.empty(q.shape[:-1], device=q.device, dtype=precise_dtype(q.dtype))
 
 
 def empty_gradients(q: Tensor, bias: Tensor | None, bias_grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The results of the backward operator, yet to be filled."""
     dq, dk, dv = (torch.empty(q.shape, device=q.device, dtype=q.dtype) for _ in range(3))
     return dq, dk, dv, torch.empty(bias.shape, device=q.device, dtype=bias.dtype) if bias_grad else q.new_empty(0)
-
-
-def last_contiguous(x: Tensor) -> Tensor:
-    """The tensor, copied unless its last axis is contiguous."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def register(name: str, forward: Callable, backward: Callable) -> None:

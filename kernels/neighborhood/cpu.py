@@ -10,9 +10,10 @@ import operator
 import torch
 from torch import Tensor
 
-from visionattn.kernels.common import backend as _dispatch
+from visionattn.kernels.common import mode
+from visionattn.kernels.common.precision import precise_dtype
 from visionattn.kernels.neighborhood.compiled import neighborhood_attention_op
-from visionattn.kernels.neighborhood.export import neighborhood_attention_plain
+from visionattn.kernels.neighborhood.export import neighborhood_attention_export
 from visionattn.kernels.neighborhood.geometry import map_windows
 from visionattn.kernels.neighborhood.tiled import neighborhood_attention_tiled
 
@@ -35,14 +36,14 @@ def neighborhood_attention_torch(
     derivatives without a trained bias need the reference.
     """
     arguments = (q, k, v, kernel_size, dilation, bias, is_causal, scale)
-    eager = _dispatch.eager(q)
-    if not eager and _dispatch.exporting():  # for any size, and the same graph whether or not gradients are on
-        return neighborhood_attention_plain(*arguments)
+    eager = mode.eager(q)
+    if not eager and mode.exporting():  # for any size, and the same graph whether or not gradients are on
+        return neighborhood_attention_export(*arguments)
     if math.prod(kernel_size) == 1:  # nothing to share
         return _gathered(*arguments)
     if not torch.compiler.is_compiling():
         return neighborhood_attention_tiled(*arguments, eager)
-    if q.device.type == "cpu" and not _dispatch.transformed():
+    if q.device.type == "cpu" and not mode.transformed():
         return neighborhood_attention_op(*arguments)
     return _gathered(*arguments)
 
@@ -58,12 +59,12 @@ def _gathered(
     scale: float,
 ) -> Tensor:
     """The reference in elementwise operators, which a compiler fuses with the gather, so that it is never stored."""
-    precise = torch.promote_types(q.dtype, torch.float32)
+    full = precise_dtype(q.dtype)
     spatial = tuple(operator.index(side) for side in q.shape[1:-2])  # one graph for each size of the map
     keys, offsets, exists = map_windows(spatial, kernel_size, dilation, is_causal, q.device)
     rows, k, v = (t.flatten(1, -3) for t in (q, k, v))  # B N h D
-    logits = (k[:, keys].to(precise) * (rows.to(precise) * scale)[:, :, None]).sum(-1)  # B N S h
+    logits = (k[:, keys].to(full) * (rows.to(full) * scale)[:, :, None]).sum(-1)  # B N S h
     if bias is not None:
-        logits = logits + bias.to(precise).flatten(1)[:, offsets].permute(1, 2, 0)
+        logits = logits + bias.to(full).flatten(1)[:, offsets].permute(1, 2, 0)
     weights = logits.masked_fill(~exists[..., None], -torch.inf).softmax(2)
-    return (weights[..., None] * v[:, keys].to(precise)).sum(2).view(q.shape).to(q.dtype)
+    return (weights[..., None] * v[:, keys].to(full)).sum(2).view(q.shape).to(q.dtype)

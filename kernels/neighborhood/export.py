@@ -8,10 +8,10 @@ from torch import Tensor
 
 from visionattn.kernels.neighborhood.geometry import axis_mask, map_windows
 
-__all__ = ["neighborhood_attention_plain"]
+__all__ = ["neighborhood_attention_export"]
 
 
-def neighborhood_attention_plain(
+def neighborhood_attention_export(
     q: Tensor,
     k: Tensor,
     v: Tensor,

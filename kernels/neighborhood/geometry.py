@@ -7,32 +7,10 @@ the K - 1 before it, as far as there are any.
 The functions of tensors can be scripted, and exported with lengths that are symbols.
 """
 
-from collections.abc import Sequence
-from typing import Any, TypeVar
-
 import torch
 from torch import Tensor
 
-__all__ = ["axis_mask", "axis_windows", "first_seen", "map_windows", "per_axis", "window_start"]
-
-T = TypeVar("T", int, bool)
-
-
-def per_axis(name: str, value: T | Sequence[T], axes: int, kind: type) -> tuple[T, ...]:
-    """One value for every axis, or the values given.
-
-    Raises:
-        ValueError: If it is neither, or not of the type ``kind``.
-    """
-    if type(value) is kind:
-        return (value,) * axes
-    values: tuple[Any, ...] = tuple(value) if isinstance(value, (tuple, list)) else (value,) * axes
-    kinds = (int, torch.SymInt) if kind is int else (kind,)
-    wrong = any(not isinstance(v, kinds) or isinstance(v, bool) != (kind is bool) for v in values)
-    if len(values) != axes or wrong:
-        what = {int: "an int", bool: "a bool"}[kind]
-        raise ValueError(f"{name} must be {what} or {axes} of them, one per spatial axis, got {value!r}")
-    return values
+__all__ = ["axis_mask", "axis_windows", "first_seen", "map_windows", "window_start"]
 
 
 def window_start(rank: Tensor, length: Tensor, window: int, causal: bool) -> Tensor:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from visionattn.kernels.common.precision import precise_dtype
 from visionattn.kernels.neighborhood import tiles
 
 __all__ = ["flash_backward", "flash_forward", "matrix_backward"]
@@ -163,7 +164,7 @@ def matrix_backward(
     # Rows of one head, so that the tile of a head is a matrix in memory. [h * B * N, D]
     grad, q_rows, k, v = (x.flatten(1, -3).permute(2, 0, 1, 3).reshape(-1, D) for x in (grad, q * scale, k, v))
     dq, dk, dv = [], torch.zeros_like(k), torch.zeros_like(v)
-    table = torch.zeros(h, bias[0].numel() + 1, dtype=torch.promote_types(q.dtype, torch.float32))  # one for no pair
+    table = torch.zeros(h, bias[0].numel() + 1, dtype=precise_dtype(q.dtype))  # one for no pair
     for piece in pieces:
         T, S = piece.queries, piece.keys
         g, queries = (_take(x, piece.query_rows).view(-1, T, D) for x in (grad, q_rows))

@@ -7,14 +7,23 @@ that its tile sees, or for the gradients of keys and values everything that sees
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from visionattn.kernels.common import backend as _dispatch
-from visionattn.kernels.common import jit as _triton
+from visionattn.kernels.common.checks import unsupported_count, unsupported_dtype
+from visionattn.kernels.common.launch import Launch, pointer, power_of_2, strides
+from visionattn.kernels.common.precision import accumulator, precise_dtype
 from visionattn.kernels.neighborhood.geometry import first_seen
+from visionattn.kernels.neighborhood.triton_kernels import (
+    neighborhood_bwd_dkv,
+    neighborhood_bwd_dq,
+    neighborhood_fwd,
+)
+
+__all__ = ["launch", "launches", "strides_of", "unsupported"]
+
 
 MAX_HEAD_DIM = 128
 MAX_BIAS_WINDOW = 32  # a row of the halo, at most 64 wide then, is read in one step for the gradient of the bias
@@ -118,6 +127,10 @@ def _sizes(kernel: str, head_dim: int, dtype: torch.dtype) -> tuple[int, int, in
     return 4, 16, 8 if head_dim > (32 if grad_query else 64) else 4, 1
 
 
+def _precision(dtype: torch.dtype) -> dict:
+    return {"ACC": accumulator(dtype), "PRECISION": "ieee"}
+
+
 def launch(
     kernel: str,
     q: Tensor,
@@ -133,7 +146,7 @@ def launch(
     constants = dict(launch_config(kernel, q.shape[-1], window, lengths, causal, bias is not None, q.dtype))
     tile = constants["TILE"]
     tiles = (-(-lengths[1] // tile[0]), -(-lengths[2] // tile[1]))
-    constants |= {"ACC": _triton.accumulator(q.dtype), "PRECISION": "ieee"}
+    constants |= _precision(q.dtype)
     grid = q.shape[0] * shape[0] * tiles[0] * tiles[1] * steps[1] * steps[2] * q.shape[-2]
     return (grid,), (q.shape[-2], shape, steps, tiles), constants
 
@@ -143,27 +156,54 @@ def three_axes(values: Sequence, missing) -> tuple:
     return (missing,) * (3 - len(values)) + tuple(values)
 
 
-def strides(x: Tensor) -> tuple[int, ...]:
-    """Strides of batch, planes, rows, columns and heads; 0 where there is one only, lest it count as another kernel."""
-    steps = [0 if size == 1 else step for size, step in zip(x.shape, x.stride(), strict=True)]
-    return steps[0], *three_axes(steps[1:-2], 0), steps[-2]
-
-
-def power_of_2(number: int) -> int:
-    """The least power of two that is not below a number."""
-    return 1 << (number - 1).bit_length()
+def strides_of(x: Tensor) -> tuple[int, ...]:
+    """Strides of batch, planes, rows, columns and heads."""
+    steps = strides(x)
+    return steps[0], *three_axes(steps[1:-1], 0), steps[-1]
 
 
 def unsupported(
     q: Tensor, kernel_size: Sequence[int], dilation: Sequence[int], is_causal: Sequence[bool], bias: Tensor | None
 ) -> str | None:
     """What of a call the Triton kernels do not cover, ``None`` if they cover it."""
-    if q.dtype not in _dispatch._TRITON_DTYPES:
-        return f"the dtype is {q.dtype}, the kernels cover {', '.join(map(str, _dispatch._TRITON_DTYPES))}"
+    if reason := unsupported_dtype(q):
+        return reason
     if q.shape[-1] > MAX_HEAD_DIM:
         return f"the head dim is {q.shape[-1]}, the kernels cover up to {MAX_HEAD_DIM}"
     if bias is not None and max(kernel_size) > MAX_BIAS_WINDOW:
         return f"the window is {max(kernel_size)} wide, with a bias the kernels cover up to {MAX_BIAS_WINDOW}"
-    if q.numel() // max(q.shape[-1], 1) >= 2**31:
-        return "the kernels count positions times heads in 32 bits, there are 2**31 or more"
-    return None
+    return unsupported_count(q.numel() // max(q.shape[-1], 1), "positions times heads")
+
+
+def launches(dtype: torch.dtype, hip: bool) -> Iterator[Launch]:
+    """What is compiled ahead of time."""
+    x, sums = pointer(dtype), pointer(precise_dtype(dtype))
+    for D, window, lengths, dilated in (  # head dim, window, ranks of the longest residue, whether there is dilation
+        (32, (1, 7, 7), (1, 56, 56), False),
+        (32, (1, 7, 7), (1, 14, 14), True),
+        (24, (1, 7, 7), (1, 56, 56), False),
+        (64, (1, 7, 7), (1, 56, 56), False),
+        (128, (1, 7, 7), (1, 56, 56), False),
+        (32, (1, 3, 3), (1, 28, 28), False),
+        (32, (1, 13, 13), (1, 56, 56), False),
+        (32, (1, 1, 31), (1, 1, 500), False),
+        (32, (3, 7, 7), (8, 28, 28), True),
+    ):
+        five = ("i32:16" if D % 16 == 0 else "i32",) * 5
+        fixed = {} if dilated else {"dilation": (1, 1, 1)}  # Triton makes a constant of every 1
+        sizes = {"heads": "i32", "shape": ("i32",) * 3, "tiles": ("i32",) * 2, "scale": "fp32", "scale_low": "fp32"}
+        sizes |= {"dilation": ("i32",) * 3} if dilated else {}
+        first = D == 32 and window == (1, 7, 7) and not dilated
+        inputs = {"q": x, "k": x, "v": x, "bias": x, "lse": sums}
+        inputs |= {f"{name}_strides": five for name in ("q", "k", "v", "out")} | sizes
+        backward = inputs | {"grad": x, "delta": sums, "grad_strides": five}
+        for kernel, name, biases, arguments in (
+            (neighborhood_fwd, FORWARD, (True, False), inputs | {"out": x}),
+            (neighborhood_bwd_dq, GRAD_QUERY_BIAS, (True,), backward | {"out": x, "dq": x, "bias_parts": sums}),
+            (neighborhood_bwd_dq, GRAD_QUERY, (False,), backward | {"out": x, "dq": x, "bias_parts": sums}),
+            (neighborhood_bwd_dkv, GRAD_KEY, (True, False), backward | {"dk": x, "dv": x}),
+        ):
+            for bias in biases:
+                config = launch_config(name, D, window, lengths, (False,) * 3, bias, dtype)
+                constants = config | _precision(dtype) | fixed
+                yield Launch(kernel, constants, arguments, first and bias, may_spill=dtype == torch.float64)

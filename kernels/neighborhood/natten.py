@@ -6,7 +6,7 @@ import importlib
 
 from torch import Tensor
 
-from visionattn.kernels.common import backend as _dispatch
+from visionattn.kernels.common.backend import BackendError
 
 __all__ = ["neighborhood_attention_natten"]
 
@@ -30,15 +30,15 @@ def neighborhood_attention_natten(
             head dim and device.
     """
     if bias is not None:
-        raise _dispatch.BackendError(CANNOT + "natten has no relative position bias since 0.20")
+        raise BackendError(CANNOT + "natten has no relative position bias since 0.20")
     try:
         natten = importlib.import_module("natten")
     except ImportError as error:
-        raise _dispatch.BackendError(f"{CANNOT}{error}") from error
+        raise BackendError(f"{CANNOT}{error}") from error
     function = getattr(natten, f"na{len(kernel_size)}d")
     try:
         # Its kernels read contiguous tensors.
         q, k, v = (t.contiguous() for t in (q, k, v))
         return function(q, k, v, kernel_size, dilation=dilation, is_causal=is_causal, scale=scale)
     except (ValueError, NotImplementedError, TypeError) as error:
-        raise _dispatch.BackendError(f"{CANNOT}{error}") from error
+        raise BackendError(f"{CANNOT}{error}") from error

@@ -3,7 +3,7 @@ D head dim, K window side, S slots of a window (the product of its sides).
 
     out[i] = sum_j p[i, j] v[j],   p[i, :] = softmax_j(scale * q[i] . k[j] + bias[j - i])
 
-where j runs over the S positions of i's window: see ``windows.py`` for which these are (arXiv 2204.07143, with
+where j runs over the S positions of i's window: see ``geometry.py`` for which these are (arXiv 2204.07143, with
 dilation arXiv 2209.15001).
 """
 
@@ -15,11 +15,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from visionattn.kernels.common import backend as _dispatch
+from visionattn.kernels.common.backend import choose
+from visionattn.kernels.common.checks import check_same, per_axis
+from visionattn.kernels.common.mode import autocast
+from visionattn.kernels.common.precision import precise_dtype
 from visionattn.kernels.neighborhood.cpu import neighborhood_attention_torch
-from visionattn.kernels.neighborhood.geometry import map_windows, per_axis
+from visionattn.kernels.neighborhood.geometry import map_windows
 from visionattn.kernels.neighborhood.natten import neighborhood_attention_natten
 from visionattn.kernels.neighborhood.triton import neighborhood_attention_triton, unsupported
+
+__all__ = ["neighborhood_attention"]
+
 
 MAX_AXES = 3
 
@@ -35,13 +41,13 @@ def neighborhood_attention_reference(
     scale: float,
 ) -> Tensor:
     """Gather every query's keys and values. Arguments as in :func:`neighborhood_attention`, one value per axis."""
-    precise = torch.promote_types(q.dtype, torch.float32)
+    full = precise_dtype(q.dtype)
     keys, offsets, exists = map_windows(q.shape[1:-2], kernel_size, dilation, is_causal, q.device)
-    rows, k, v = (t.flatten(1, -3).to(precise) for t in (q, k, v))  # B N h D
+    rows, k, v = (t.flatten(1, -3).to(full) for t in (q, k, v))  # B N h D
     with torch.autocast(q.device.type, enabled=False):
         logits = torch.einsum("bnhd,bnshd->bhns", rows * scale, k[:, keys])
         if bias is not None:
-            logits = logits + bias.to(precise).flatten(1)[:, offsets]
+            logits = logits + bias.to(full).flatten(1)[:, offsets]
         weights = logits.masked_fill(~exists, -torch.inf).softmax(-1)
         out = torch.einsum("bhns,bnshd->bnhd", weights, v[:, keys])
     return out.reshape(q.shape).to(q.dtype)
@@ -96,10 +102,10 @@ def neighborhood_attention(
     if not torch.jit.is_tracing():  # which warns of every comparison
         _check(q, k, v, kernel_size, dilation, bias)
     scale = operator.index(q.shape[-1]) ** -0.5 if scale is None else float(scale)
-    q, k, v = _dispatch.autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     chosen = backend
     if backend != "natten":  # never the automatic choice
-        chosen = _dispatch.choose(
+        chosen = choose(
             "neighborhood_attention", q, backend, lambda: unsupported(q, kernel_size, dilation, is_causal, bias)
         )
     return _IMPLEMENTATIONS[chosen](q, k, v, kernel_size, dilation, bias, is_causal, scale)
@@ -117,7 +123,7 @@ def _check(
     q: Tensor, k: Tensor, v: Tensor, kernel_size: tuple[int, ...], dilation: tuple[int, ...], bias: Tensor | None
 ) -> None:
     """Raise a ValueError that names what is wrong. Every look at a tensor costs time on small maps: few are taken."""
-    shape, dtype, device = q.shape, q.dtype, q.device
+    shape = q.shape
     for axis, (L, K, d) in enumerate(zip(shape[1:-2], kernel_size, dilation, strict=True)):
         if K < 1:
             raise ValueError(f"kernel_size must be at least 1, got {K} for spatial axis {axis}")
@@ -128,17 +134,12 @@ def _check(
                 f"kernel_size * dilation must not exceed the map: {K} * {d} = {K * d} on spatial axis {axis} of "
                 f"length {L}; pad the map, or take a smaller window"
             )
-    if not dtype.is_floating_point:
-        raise ValueError(f"q must be floating point, got {dtype}")
-    for name, tensor in (("k", k), ("v", v), ("bias", bias)):
-        if tensor is None:
-            continue
-        if name != "bias" and tensor.shape != shape:
+    if not q.is_floating_point():
+        raise ValueError(f"q must be floating point, got {q.dtype}")
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.shape != shape:
             raise ValueError(f"{name} must be {tuple(shape)} as q is, got shape {tuple(tensor.shape)}")
-        if tensor.device != device:
-            raise ValueError(f"{name} must be on {device} as q is, got {tensor.device}")
-        if tensor.dtype != dtype and not _dispatch.autocasting(q):
-            raise ValueError(f"{name} must be {dtype} as q is, got {tensor.dtype}")
+    check_same(q, "q", k=k, v=v, bias=bias)
     if bias is not None:
         expected = (shape[-2], *(2 * K - 1 for K in kernel_size))
         if bias.shape != expected:

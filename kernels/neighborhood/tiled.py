@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visionattn.kernels.common.precision import precise_dtype
 from visionattn.kernels.neighborhood import tiles
 from visionattn.kernels.neighborhood.geometry import axis_windows
 
@@ -31,7 +32,7 @@ def neighborhood_attention_tiled(
     """Attention tile by tile, a few tiles at once. Arguments as in :func:`neighborhood_attention`, one value per axis.
 
     Args:
-        eager: Whether tensors are plain ones with values, see :func:`_dispatch.eager`.
+        eager: Whether tensors are ordinary ones with values, see ``eager`` in ``common/mode.py``.
     """
     groups, tables = tiles.cut(q, kernel_size, dilation, is_causal, kept=eager)
     masks: list[Tensor | None] = [None] * len(groups)
@@ -115,4 +116,4 @@ def _with_nan_where_seen(
 
 def finite(x: Tensor) -> bool:
     """Whether all elements are finite, as far as their sum tells, which is all that it costs."""
-    return math.isfinite(x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32)).item())
+    return math.isfinite(x.detach().sum(dtype=precise_dtype(x.dtype)).item())

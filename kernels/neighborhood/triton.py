@@ -12,27 +12,26 @@ an input or an incoming gradient may spread to all gradients of the tiles around
 
 from __future__ import annotations
 
-import ctypes
-import math
-
 import torch
 from torch import Tensor
 
-from visionattn.kernels.common import backend as _dispatch
-from visionattn.kernels.neighborhood.autograd import empty_gradients, empty_results, last_contiguous, register
+from visionattn.kernels.common.launch import in_base_2
+from visionattn.kernels.common.layout import last_contiguous
+from visionattn.kernels.common.mode import autocast
+from visionattn.kernels.neighborhood.autograd import empty_gradients, empty_results, register
 from visionattn.kernels.neighborhood.launches import (
     FORWARD,
     GRAD_KEY,
     GRAD_QUERY,
     GRAD_QUERY_BIAS,
     launch,
-    strides,
+    strides_of,
     unsupported,
 )
 from visionattn.kernels.neighborhood.triton_kernels import (
-    _neighborhood_bwd_dkv,
-    _neighborhood_bwd_dq,
-    _neighborhood_fwd,
+    neighborhood_bwd_dkv,
+    neighborhood_bwd_dq,
+    neighborhood_fwd,
 )
 
 __all__ = ["neighborhood_attention_triton", "unsupported"]
@@ -54,18 +53,11 @@ def _neighborhood(
     if out.numel() == 0:
         return out, lse
     grid, sizes, constants = launch(FORWARD, q, kernel_size, dilation, is_causal, bias)
-    _neighborhood_fwd[grid](
-        q, k, v, q if bias is None else bias, out, lse, *map(strides, (q, k, v, out)),
-        *sizes, *_in_base_2(scale), **constants,
+    neighborhood_fwd[grid](
+        q, k, v, q if bias is None else bias, out, lse, *map(strides_of, (q, k, v, out)),
+        *sizes, *in_base_2(scale), **constants,
     )  # fmt: skip
     return out, lse
-
-
-def _in_base_2(scale: float) -> tuple[float, float]:
-    """The scale of logits in base 2 as float32 and what that leaves, which float64 needs."""
-    scale *= math.log2(math.e)
-    high = ctypes.c_float(scale).value
-    return high, scale - high
 
 
 @torch.library.custom_op("visionattn::neighborhood_attention_backward", mutates_args=())
@@ -88,7 +80,7 @@ def _neighborhood_backward(
     if q.numel() == 0:
         return dq, dk, dv, dbias.zero_()
     delta = torch.empty_like(lse)
-    grad_strides, q_strides, k_strides, v_strides, out_strides = map(strides, (grad, q, k, v, out))
+    grad_strides, q_strides, k_strides, v_strides, out_strides = map(strides_of, (grad, q, k, v, out))
     table = q if bias is None else bias
     kernel = GRAD_QUERY_BIAS if bias_grad else GRAD_QUERY
     grid, sizes, constants = launch(kernel, q, kernel_size, dilation, is_causal, bias)
@@ -98,9 +90,9 @@ def _neighborhood_backward(
         make = torch.zeros if window[0] > 1 else torch.empty  # a program writes the planes that it sees
         shape = (grid[0], 2 * window[0] - 1, constants["BINS"], constants["BLOCK_N"])
         parts = make(shape, device=q.device, dtype=lse.dtype)
-    _neighborhood_bwd_dq[grid](
+    neighborhood_bwd_dq[grid](
         grad, q, k, v, table, out, lse, delta, dq, parts, grad_strides, q_strides, k_strides, v_strides, out_strides,
-        *sizes, *_in_base_2(scale), **constants,
+        *sizes, *in_base_2(scale), **constants,
     )  # fmt: skip
     if bias_grad:
         rows = constants["BLOCK_N"] // constants["PITCH"]
@@ -109,9 +101,9 @@ def _neighborhood_backward(
         total = sum(parts[:, :, rows - 1 - r : rows - 1 - r + K_y, r, :K_x] for r in range(rows))
         dbias.copy_(total.reshape(bias.shape))
     grid, sizes, constants = launch(GRAD_KEY, q, kernel_size, dilation, is_causal, bias)
-    _neighborhood_bwd_dkv[grid](
+    neighborhood_bwd_dkv[grid](
         grad, q, k, v, table, lse, delta, dk, dv, grad_strides, q_strides, k_strides, v_strides, out_strides,
-        *sizes, *_in_base_2(scale), **constants,
+        *sizes, *in_base_2(scale), **constants,
     )  # fmt: skip
     return dq, dk, dv, dbias
 
@@ -133,6 +125,6 @@ def neighborhood_attention_triton(
 
     They read q, k and v in place if their last axis is contiguous, as it is in views of one projection.
     """
-    q, k, v = map(last_contiguous, _dispatch.autocast(q, k, v))
+    q, k, v = map(last_contiguous, autocast(q, k, v))
     bias = None if bias is None else bias.contiguous()
     return _neighborhood(q, k, v, bias, list(kernel_size), list(dilation), list(is_causal), scale)[0]

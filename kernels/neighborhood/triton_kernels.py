@@ -177,7 +177,7 @@ def _one_by_one(
 
 
 @jit
-def _neighborhood_fwd(
+def neighborhood_fwd(
     q, k, v, bias, out, lse, q_strides, k_strides, v_strides, out_strides,
     heads, shape, dilation, tiles, scale, scale_low,
     D: tl.constexpr, WINDOW: tl.constexpr, CAUSAL: tl.constexpr, HAS_BIAS: tl.constexpr, TILE: tl.constexpr,
@@ -229,7 +229,7 @@ def _neighborhood_fwd(
 
 
 @jit
-def _neighborhood_bwd_dq(
+def neighborhood_bwd_dq(
     grad, q, k, v, bias, out, lse, delta, dq, bias_parts,
     grad_strides, q_strides, k_strides, v_strides, out_strides,
     heads, shape, dilation, tiles, scale, scale_low,
@@ -299,7 +299,7 @@ def _neighborhood_bwd_dq(
 
 
 @jit
-def _neighborhood_bwd_dkv(
+def neighborhood_bwd_dkv(
     grad, q, k, v, bias, lse, delta, dk, dv, grad_strides, q_strides, k_strides, v_strides, out_strides,
     heads, shape, dilation, tiles, scale, scale_low,
     D: tl.constexpr, WINDOW: tl.constexpr, CAUSAL: tl.constexpr, HAS_BIAS: tl.constexpr, TILE: tl.constexpr,

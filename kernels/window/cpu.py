@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from visionattn.kernels.common.backend import eager
-from visionattn.kernels.window.export import dense_bias, shift_mask
+from visionattn.kernels.common.mode import eager, exporting
+from visionattn.kernels.window.export import window_attention_export
+from visionattn.kernels.window.geometry import dense_bias, shift_mask, table_gradient
 
-__all__ = ["covers", "table_gradient", "window_attention_eager"]
+__all__ = ["window_attention_torch"]
 
 LOGITS = 2**17  # at a time: half a MiB; a quarter or four times as many measured the same within 5 %
 
@@ -57,7 +58,7 @@ class _Tables(NamedTuple):
 
 
 def covers(qkv: Tensor, bias: Tensor | None, padding: Tensor | None) -> bool:
-    """Whether tensors are such that :func:`window_attention_eager` can take them and is the fastest."""
+    """Whether tensors are such that :func:`_window_attention_eager` can take them and is the fastest."""
     if qkv.device.type != "cpu" or qkv.dtype not in (torch.float32, torch.float64) or qkv.numel() == 0:
         return False
     return all(t is None or (eager(t) and t.dtype == qkv.dtype) for t in (qkv, bias, padding))
@@ -95,24 +96,6 @@ def _make_tables(H: int, W: int, h: int, window: tuple[int, int], shift: tuple[i
 def _places(tables: _Tables, B: int) -> Tensor:
     """Where rows are among those of all kinds, in each kind one image behind another. [B, H * W * h]"""
     return torch.arange(B)[:, None] * tables.own + (tables.before * B + tables.place)
-
-
-def table_gradient(total: Tensor, w0: int, w1: int) -> Tensor:
-    """Sum what is given for every query and key of a window over those of the same distance.
-
-    [h, S, S] -> [(2 * w0 - 1) * (2 * w1 - 1), h]
-    """
-    x = total.reshape(-1, w0, w1, w0, w1).permute(0, 1, 3, 2, 4)  # h, rows of query and key, columns of both
-    x = _diagonals(_diagonals(x.flatten(1, 2).unflatten(1, (w0, w0)), 1), 2)
-    return x.flatten(1).t()
-
-
-def _diagonals(x: Tensor, axis: int) -> Tensor:
-    """Sums over pairs of equal difference, of the axes ``axis`` and ``axis + 1`` of one length. [..., 2 w - 1, ...]"""
-    w = x.shape[axis]
-    x = x.flip(axis + 1).movedim((axis, axis + 1), (-2, -1))
-    x = F.pad(x, (0, w)).flatten(-2)[..., : w * (2 * w - 1)].unflatten(-1, (w, 2 * w - 1)).sum(-2)
-    return x.movedim(-1, axis)
 
 
 class _WindowAttention(torch.autograd.Function):
@@ -230,7 +213,7 @@ def _attend_backward(
         torch.baddbmm(dk, ds.mT, q[at], beta=0, alpha=scale, out=dk)
 
 
-def window_attention_eager(
+def _window_attention_eager(
     qkv: Tensor,
     window_size: list[int],
     shift: list[int],
@@ -268,3 +251,19 @@ def _infer(qkv, bias, padding, window, shift, masked, scale) -> Tensor:
     out = parts[0] if len(parts) == 1 else torch.cat(parts)
     out = out.index_select(0, _places(tables, B).flatten())
     return out.view(B, H, W, h, D)
+
+
+def window_attention_torch(
+    qkv: Tensor,
+    window_size: tuple[int, int],
+    shift: tuple[int, int],
+    bias: Tensor | None,
+    padding: Tensor | None,
+    masked: float,
+    scale: float,
+) -> Tensor:
+    """The fastest form known in plain PyTorch operators. Arguments as in ``window_attention_reference``."""
+    arguments = (qkv, list(window_size), list(shift), bias, padding, masked, scale)
+    if covers(qkv, bias, padding):
+        return _window_attention_eager(*arguments)
+    return window_attention_export(*arguments, exporting())

@@ -6,38 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["MASKED", "relative_index", "shift_mask", "window_attention_plain"]
+from visionattn.kernels.window.geometry import dense_bias, shift_mask
+
+__all__ = ["MASKED", "window_attention_export"]
 
 MASKED = -100.0  # what Swin adds to the logits of tokens that were not neighbors before the shift
-
-
-def relative_index(w0: int, w1: int, device: torch.device) -> Tensor:
-    """Row of the bias table of every query and key of a window. [S * S]"""
-    rows, columns = torch.arange(w0, device=device), torch.arange(w1, device=device)
-    dy, dx = rows[:, None] - rows + w0 - 1, columns[:, None] - columns + w1 - 1
-    return (dy[:, None, :, None] * (2 * w1 - 1) + dx[None, :, None, :]).reshape(-1)
-
-
-def dense_bias(bias: Tensor, w0: int, w1: int) -> Tensor:
-    """The bias of every query and key of a window, from the table. [h, S, S]"""
-    S = w0 * w1
-    return bias[relative_index(w0, w1, bias.device)].reshape(S, S, -1).permute(2, 0, 1)
-
-
-def _apart(w: int, shift: int, windows: int, device: torch.device) -> Tensor:
-    """Whether two places along an axis of a window are from the two ends of the map. [windows, w, w]"""
-    late = torch.arange(w, device=device) >= w - shift
-    last = torch.arange(windows, device=device) == windows - 1
-    return last[:, None, None] & (late[:, None] != late)
-
-
-def shift_mask(window: list[int], shift: list[int], rows: int, columns: int, device: torch.device) -> Tensor:
-    """Which tokens of shifted windows are from two ends of the map. [rows * columns, S, S]"""
-    w0, w1 = window[0], window[1]
-    by_row = _apart(w0, shift[0], rows, device)[:, None, :, None, :, None]
-    by_column = _apart(w1, shift[1], columns, device)[None, :, None, :, None, :]
-    mask = (by_row | by_column).expand(rows, columns, w0, w1, w0, w1)
-    return mask.reshape(rows * columns, w0 * w1, w0 * w1)
 
 
 def _roll(x: Tensor, shift: list[int], back: bool, shifted: Tensor | None) -> Tensor:
@@ -49,7 +22,7 @@ def _roll(x: Tensor, shift: list[int], back: bool, shifted: Tensor | None) -> Te
     return x
 
 
-def window_attention_plain(
+def window_attention_export(
     qkv: Tensor,
     window_size: list[int],
     shift: list[int],

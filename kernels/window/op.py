@@ -16,11 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visionattn.kernels.common import backend as _dispatch
-from visionattn.kernels.neighborhood.geometry import per_axis
-from visionattn.kernels.window import cpu as _window_eager
-from visionattn.kernels.window.export import MASKED, relative_index, window_attention_plain
+from visionattn.kernels.common.backend import choose
+from visionattn.kernels.common.checks import check_same, per_axis
+from visionattn.kernels.common.mode import autocast, exporting
+from visionattn.kernels.common.precision import precise_dtype
+from visionattn.kernels.window.cpu import window_attention_torch
+from visionattn.kernels.window.export import MASKED
+from visionattn.kernels.window.geometry import relative_index
 from visionattn.kernels.window.triton import unsupported, window_attention_triton
+
+__all__ = ["window_attention"]
 
 
 def window_attention_reference(
@@ -33,22 +38,22 @@ def window_attention_reference(
     scale: float,
 ) -> Tensor:
     """Pad, roll, cut into windows, attend, and all of it back. Arguments as in :func:`window_attention`, per axis."""
-    precise = torch.promote_types(qkv.dtype, torch.float32)
+    full = precise_dtype(qkv.dtype)
     H, W = qkv.shape[1:3]
     (w0, w1), (s0, s1) = window_size, shift
     rows, columns = H + -H % w0, W + -W % w1
-    x = F.pad(qkv.to(precise), [0, 0, 0, 0, 0, 0, 0, columns - W, 0, rows - H])
+    x = F.pad(qkv.to(full), [0, 0, 0, 0, 0, 0, 0, columns - W, 0, rows - H])
     if padding is not None:
         outside = torch.ones(rows, columns, 1, 1, 1, dtype=torch.bool, device=qkv.device)
         outside[:H, :W] = False
-        x = torch.where(outside, padding.to(precise), x)
+        x = torch.where(outside, padding.to(full), x)
     x = x.roll((-s0, -s1), (1, 2)).unflatten(2, (-1, w1)).unflatten(1, (-1, w0))  # B H/w w W/w w 3 h D
     q, k, v = x.permute(5, 0, 1, 3, 6, 2, 4, 7).flatten(5, 6)  # each B H/w W/w h S D
     with torch.autocast(qkv.device.type, enabled=False):
         logits = q * scale @ k.transpose(-1, -2)
         if bias is not None:
             index = relative_index(w0, w1, qkv.device)
-            logits = logits + bias.to(precise)[index].unflatten(0, (w0 * w1, -1)).permute(2, 0, 1)
+            logits = logits + bias.to(full)[index].unflatten(0, (w0 * w1, -1)).permute(2, 0, 1)
         regions = torch.zeros(rows, columns, dtype=torch.long, device=qkv.device)
         for y in (rows - w0, rows - s0):  # the map after the shift: cut where windows, and where the ends meet
             regions[y:] += 3
@@ -60,22 +65,6 @@ def window_attention_reference(
         y = logits.softmax(-1) @ v
     y = y.unflatten(4, (w0, w1)).permute(0, 1, 4, 2, 5, 3, 6).flatten(3, 4).flatten(1, 2)
     return y.roll((s0, s1), (1, 2))[:, :H, :W].to(qkv.dtype)
-
-
-def window_attention_torch(
-    qkv: Tensor,
-    window_size: tuple[int, int],
-    shift: tuple[int, int],
-    bias: Tensor | None,
-    padding: Tensor | None,
-    masked: float,
-    scale: float,
-) -> Tensor:
-    """The fastest form known in plain PyTorch operators. Arguments as in :func:`window_attention_reference`."""
-    arguments = (qkv, list(window_size), list(shift), bias, padding, masked, scale)
-    if _window_eager.covers(qkv, bias, padding):
-        return _window_eager.window_attention_eager(*arguments)
-    return window_attention_plain(*arguments, _dispatch.exporting())
 
 
 def window_attention(
@@ -115,14 +104,14 @@ def window_attention(
     """
     window_size = per_axis("window_size", window_size, 2, int)
     shift = per_axis("shift", shift, 2, int)
-    any_size = _dispatch.exporting()
+    any_size = exporting()
     if not any_size:
         _check(qkv, window_size, shift, bias, padding)
     scale = operator.index(qkv.shape[-1]) ** -0.5 if scale is None else float(scale)
-    qkv, padding = _dispatch.autocast(qkv, padding)
+    qkv, padding = autocast(qkv, padding)
     if not any_size and qkv.shape[1] % window_size[0] == 0 and qkv.shape[2] % window_size[1] == 0:
         padding = None
-    chosen = _dispatch.choose("window_attention", qkv, backend, lambda: unsupported(qkv, window_size))
+    chosen = choose("window_attention", qkv, backend, lambda: unsupported(qkv, window_size))
     return _IMPLEMENTATIONS[chosen](qkv, window_size, shift, bias, padding, float(masked), scale)
 
 
@@ -155,4 +144,4 @@ def _check(
             raise ValueError(f"bias must be [(2 * w0 - 1) * (2 * w1 - 1), heads] = {expected}, got {tuple(bias.shape)}")
     if padding is not None and padding.shape != shape[3:]:
         raise ValueError(f"padding must be [3, heads, D] = {shape[3:]}, got shape {tuple(padding.shape)}")
-    _dispatch.check_same(qkv, bias=bias, padding=padding)
+    check_same(qkv, bias=bias, padding=padding)

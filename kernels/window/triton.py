@@ -9,80 +9,41 @@ results are the same, bit by bit, on every run.
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from visionattn.kernels.common import backend as _dispatch
-from visionattn.kernels.common import jit as _triton
+from visionattn.kernels.common.checks import unsupported_count, unsupported_dtype
 from visionattn.kernels.common.flops import flop_formula
-from visionattn.kernels.window.cpu import table_gradient
+from visionattn.kernels.common.launch import in_base_2, strides
+from visionattn.kernels.common.layout import last_contiguous
+from visionattn.kernels.common.mode import autocast
+from visionattn.kernels.common.precision import precise_dtype
+from visionattn.kernels.window.geometry import table_gradient
+from visionattn.kernels.window.launches import (
+    BACKWARD,
+    FORWARD,
+    GRAD_BIAS,
+    GRAD_KEY,
+    GRAD_QUERY,
+    MAX_HEAD_DIM,
+    MAX_TOKENS,
+    PROGRAMS,
+    bias_constants,
+    constants,
+    in_one_program,
+)
 from visionattn.kernels.window.triton_kernels import (
-    _window_bias,
-    _window_bwd,
-    _window_bwd_dkv,
-    _window_bwd_dq,
-    _window_fwd,
+    window_bias,
+    window_bwd,
+    window_bwd_dkv,
+    window_bwd_dq,
+    window_fwd,
 )
 
-__all__ = ["launch_config", "unsupported", "window_attention_triton"]
-
-MAX_HEAD_DIM = 128
-MAX_TOKENS = 1024  # of a window: the bias of all pairs of them is written out for every head
-PROGRAMS = 1024  # below, programs take one window only; an H200 runs some hundred at a time
-FORWARD, BACKWARD, GRAD_QUERY, GRAD_KEY, GRAD_BIAS = "forward", "backward", "grad_query", "grad_key", "grad_bias"
-
-
-def launch_config(kernel: str, D: int, window: tuple[int, int], dtype: torch.dtype, hip: bool = False) -> dict:
-    """Constants of one launch: the largest sizes that compile without spills.
-
-    Args:
-        kernel: Which of the kernels.
-        D: Head dim.
-        window: Sides of a window.
-        dtype: Of q, k and v.
-        hip: Whether the device is AMD's.
-    """
-    tokens = min(max(16, _power_of_2(window[0] * window[1])), 64)
-    if dtype.itemsize == 2:
-        step = tokens if D <= 32 or kernel in (FORWARD, GRAD_KEY) else min(tokens, 32)
-        block = min(tokens, 32) if D > 64 and kernel == GRAD_BIAS else tokens
-        many = D > 64 or (D > 32 and kernel == GRAD_KEY) or (tokens == 64 and kernel == BACKWARD)
-        warps, stages = 8 if many and not hip else 4, 2  # a warp of AMD's has twice the threads
-    else:  # full-width products run on the ordinary units, which hold their operands in registers
-        wide = dtype.itemsize == 8 or D > 32
-        block, step, warps, stages = min(tokens, 16 if D > 64 else 32), 16, 8 if wide else 4, 1
-    if kernel == GRAD_KEY:
-        block, step = step, block
-    constants = {"D": D, "WINDOW": window, "BLOCK_M": block, "BLOCK_N": step, "BLOCK_D": max(16, _power_of_2(D))}
-    if kernel == BACKWARD:
-        del constants["BLOCK_N"]
-    return constants | {"SIDE": _side(window), "num_warps": warps, "num_stages": stages}
-
-
-def _side(window: tuple[int, int]) -> int:
-    """Tokens of a window, rounded up to whole blocks."""
-    tokens = window[0] * window[1]
-    return max(16, _power_of_2(tokens)) if tokens <= 64 else -(-tokens // 64) * 64
-
-
-def in_one_program(D: int, window: tuple[int, int], dtype: torch.dtype) -> bool:
-    """Whether a program computes all gradients of a window."""
-    tokens = max(16, _power_of_2(window[0] * window[1]))
-    return tokens * max(16, _power_of_2(D)) <= (2048 if dtype.itemsize == 2 else 512) and tokens <= 64
-
-
-def _power_of_2(number: int) -> int:
-    return 1 << (number - 1).bit_length()
-
-
-def _halves(number: float) -> tuple[float, float]:
-    """A number as float32 and what that leaves, which float64 needs."""
-    high = ctypes.c_float(number).value
-    return high, number - high if math.isfinite(high) else 0.0
+__all__ = ["unsupported", "window_attention_triton"]
 
 
 class _Launch:
@@ -96,20 +57,11 @@ class _Launch:
         self.tokens = window[0] * window[1]
         added = qkv if bias is None else _bias_tiles(bias, self.window, qkv.dtype)
         self.tensors = (qkv, added, qkv if padding is None else padding.contiguous())
-        e = math.log2(math.e)
-        self.sizes = (self.heads, (H, W), grid, self.windows, *_halves(scale * e), *_halves(masked * e))
-        self.constants = {
-            "SHIFT": tuple(shift),
-            "HAS_BIAS": bias is not None,
-            "HAS_PADDING": padding is not None,
-            "ACC": _triton.accumulator(qkv.dtype),
-            "PRECISION": "ieee",
-        }
+        self.sizes = (self.heads, (H, W), grid, self.windows, *in_base_2(scale), *in_base_2(masked))
+        self.form = (shift, bias is not None, padding is not None)
 
-    def config(self, kernel: str, **constants) -> dict:
-        return (
-            launch_config(kernel, self.D, self.window, self.dtype, bool(torch.version.hip)) | self.constants | constants
-        )
+    def config(self, kernel: str, **form) -> dict:
+        return constants(kernel, self.D, self.window, self.dtype, bool(torch.version.hip), *self.form) | form
 
     def run(self, programs: int, most: int) -> int:
         """How many windows a program takes where one each makes ``programs``."""
@@ -121,22 +73,16 @@ class _Launch:
 
 def _bias_tiles(bias: Tensor, window: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """What is added to the logits, so that the kernels read tiles of it in one piece. [h, SIDE, SIDE]"""
-    side, heads = _side(window), bias.shape[1]
-    tiles = torch.empty((heads, side, side), device=bias.device, dtype=torch.promote_types(dtype, torch.float32))
-    block = min(side, 64)
-    grid = (heads * (side // block) ** 2,)
-    constants = {"WINDOW": window, "SIDE": side, "BLOCK_M": block, "BLOCK_N": block}
-    _window_bias[grid](bias.contiguous(), tiles, heads, **constants)
+    config, heads = bias_constants(window), bias.shape[1]
+    side = config["SIDE"]
+    tiles = torch.empty((heads, side, side), device=bias.device, dtype=precise_dtype(dtype))
+    grid = (heads * (side // config["BLOCK_M"]) ** 2,)
+    window_bias[grid](bias.contiguous(), tiles, heads, **config)
     return tiles
 
 
 def _partial(lse: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, device=lse.device, dtype=lse.dtype)
-
-
-def _strides(x: Tensor) -> tuple[int, ...]:
-    """Strides of all axes but the last; 0 where there is one only, lest it count as another kernel."""
-    return tuple(0 if size == 1 else step for size, step in zip(x.shape[:-1], x.stride()[:-1], strict=True))
 
 
 @torch.library.custom_op("visionattn::window_attention", mutates_args=())
@@ -158,14 +104,14 @@ def _window(
     programs = launch.windows * launch.blocks(config["BLOCK_M"]) * launch.heads
     run = launch.run(programs, 4)
     grid = (-(-launch.windows // run) * launch.blocks(config["BLOCK_M"]) * launch.heads,)
-    _window_fwd[grid](*launch.tensors, out, lse, _strides(qkv), *launch.sizes, RUN=run, **config)
+    window_fwd[grid](*launch.tensors, out, lse, strides(qkv), *launch.sizes, RUN=run, **config)
     return out, lse
 
 
 def _empty_results(qkv: Tensor) -> tuple[Tensor, Tensor]:
     B, H, W, _, h, D = qkv.shape
     out = torch.empty((B, H, W, h, D), device=qkv.device, dtype=qkv.dtype)
-    return out, torch.empty((B, H, W, h), device=qkv.device, dtype=torch.promote_types(qkv.dtype, torch.float32))
+    return out, torch.empty((B, H, W, h), device=qkv.device, dtype=precise_dtype(qkv.dtype))
 
 
 @_window.register_fake
@@ -212,8 +158,8 @@ def _backward_whole(launch: _Launch, grad, out, lse, dqkv, bias_grad) -> tuple[T
     block = config["BLOCK_M"]
     bias_parts = _partial(lse, programs, block, block) if bias_grad else lse
     padding_parts = _partial(lse, programs, 2, launch.D) if config["HAS_PADDING"] else lse
-    _window_bwd[(programs,)](
-        grad, *launch.tensors, lse, dqkv, bias_parts, padding_parts, _strides(grad), _strides(launch.tensors[0]),
+    window_bwd[(programs,)](
+        grad, *launch.tensors, lse, dqkv, bias_parts, padding_parts, strides(grad), strides(launch.tensors[0]),
         *launch.sizes, **config,
     )  # fmt: skip
     return (
@@ -226,14 +172,14 @@ def _backward_in_blocks(launch: _Launch, grad, out, lse, dqkv, bias_grad) -> tup
     """As :func:`_backward_whole`, for windows of any size."""
     h = launch.heads
     delta = torch.empty_like(lse)
-    steps = _strides(grad), _strides(launch.tensors[0])
+    steps = strides(grad), strides(launch.tensors[0])
     config = launch.config(GRAD_QUERY)
     grid = (launch.windows * launch.blocks(config["BLOCK_M"]) * h,)
-    _window_bwd_dq[grid](grad, *launch.tensors, out, lse, delta, dqkv, *steps, *launch.sizes, **config)
+    window_bwd_dq[grid](grad, *launch.tensors, out, lse, delta, dqkv, *steps, *launch.sizes, **config)
     config = launch.config(GRAD_KEY, RUN=1, BIAS_GRAD=False)
     programs = launch.windows * launch.blocks(config["BLOCK_N"]) * h
     parts = _partial(lse, programs, 2, launch.D) if config["HAS_PADDING"] else lse
-    _window_bwd_dkv[(programs,)](
+    window_bwd_dkv[(programs,)](
         grad, *launch.tensors, lse, delta, dqkv, lse, parts, *steps, *launch.sizes, **config
     )  # fmt: skip
     padding_sums = parts.unflatten(0, (-1, h)).sum(0) if config["HAS_PADDING"] else None
@@ -244,7 +190,7 @@ def _backward_in_blocks(launch: _Launch, grad, out, lse, dqkv, bias_grad) -> tup
     run = launch.run(launch.windows * rows * columns * h, 16)
     programs = -(-launch.windows // run) * rows * columns * h
     parts = _partial(lse, programs, config["BLOCK_M"], config["BLOCK_N"])
-    _window_bwd_dkv[(programs,)](
+    window_bwd_dkv[(programs,)](
         grad, *launch.tensors, lse, delta, dqkv, parts, lse, *steps, *launch.sizes, RUN=run, **config
     )  # fmt: skip
     total = parts.unflatten(0, (-1, rows, columns, h)).sum(0).permute(2, 0, 3, 1, 4)  # h rows M columns N
@@ -276,7 +222,7 @@ def _backward(ctx, grad, grad_lse):
         return (None,) * 7
     qkv, bias, padding, out, lse = ctx.saved_tensors
     wanted = ctx.needs_input_grad
-    grads = _window_backward(_last_contiguous(grad), qkv, bias, padding, out, lse, *ctx.arguments, wanted[1])
+    grads = _window_backward(last_contiguous(grad), qkv, bias, padding, out, lse, *ctx.arguments, wanted[1])
     return grads[0], grads[1] if wanted[1] else None, None if padding is None else grads[2], *(None,) * 4
 
 
@@ -300,21 +246,16 @@ def _flops_backward(grad_shape, qkv_shape, bias_shape, padding_shape, out, lse, 
     return _flop_count(qkv_shape, window, products=5)  # the logits once more, then dp, dq, dk, dv
 
 
-def _last_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def unsupported(qkv: Tensor, window_size: Sequence[int]) -> str | None:
     """What of a call the Triton kernels do not cover, ``None`` if they cover it."""
-    if qkv.dtype not in _dispatch._TRITON_DTYPES:
-        return f"the dtype is {qkv.dtype}, the kernels cover {', '.join(map(str, _dispatch._TRITON_DTYPES))}"
+    if reason := unsupported_dtype(qkv):
+        return reason
     if qkv.shape[-1] > MAX_HEAD_DIM:
         return f"the head dim is {qkv.shape[-1]}, the kernels cover up to {MAX_HEAD_DIM}"
     if math.prod(window_size) > MAX_TOKENS:
         return f"the window has {math.prod(window_size)} tokens, the kernels cover up to {MAX_TOKENS}"
-    if _flop_count(qkv.shape, window_size, 1) // (2 * qkv.shape[-1] * math.prod(window_size)) >= 2**31:
-        return "the kernels count tokens times heads in 32 bits, there are 2**31 or more"
-    return None
+    tokens = _flop_count(qkv.shape, window_size, 1) // (2 * qkv.shape[-1] * math.prod(window_size))
+    return unsupported_count(tokens, "tokens times heads")
 
 
 def window_attention_triton(
@@ -330,5 +271,5 @@ def window_attention_triton(
 
     Arguments as in :func:`window_attention`, one value per axis.
     """
-    (qkv, padding) = _dispatch.autocast(qkv, padding)
-    return _window(_last_contiguous(qkv), bias, padding, list(window_size), list(shift), masked, scale)[0]
+    (qkv, padding) = autocast(qkv, padding)
+    return _window(last_contiguous(qkv), bias, padding, list(window_size), list(shift), masked, scale)[0]

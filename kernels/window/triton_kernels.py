@@ -76,7 +76,7 @@ def _store(rows, x, exist, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @jit
-def _window_bias(
+def window_bias(
     bias, added, heads,
     WINDOW: tl.constexpr, SIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -121,7 +121,7 @@ def _logits(
 
 
 @jit
-def _window_fwd(
+def window_fwd(
     qkv, added, padding, out, lse, qkv_strides, heads, shape, windows, total, scale, scale_low, masked, masked_low,
     D: tl.constexpr, WINDOW: tl.constexpr, SHIFT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PADDING: tl.constexpr,
     SIDE: tl.constexpr, RUN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -170,7 +170,7 @@ def _window_fwd(
 
 
 @jit
-def _window_bwd(
+def window_bwd(
     grad, qkv, added, padding, lse, dqkv, bias_parts, padding_parts, grad_strides, qkv_strides,
     heads, shape, windows, total, scale, scale_low, masked, masked_low,
     D: tl.constexpr, WINDOW: tl.constexpr, SHIFT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PADDING: tl.constexpr,
@@ -247,7 +247,7 @@ def _ds(
 
 
 @jit
-def _window_bwd_dq(
+def window_bwd_dq(
     grad, qkv, added, padding, out, lse, delta, dqkv, grad_strides, qkv_strides,
     heads, shape, windows, total, scale, scale_low, masked, masked_low,
     D: tl.constexpr, WINDOW: tl.constexpr, SHIFT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PADDING: tl.constexpr,
@@ -289,7 +289,7 @@ def _window_bwd_dq(
 
 
 @jit
-def _window_bwd_dkv(
+def window_bwd_dkv(
     grad, qkv, added, padding, lse, delta, dqkv, bias_parts, padding_parts, grad_strides, qkv_strides,
     heads, shape, windows, total, scale, scale_low, masked, masked_low,
     D: tl.constexpr, WINDOW: tl.constexpr, SHIFT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_PADDING: tl.constexpr,

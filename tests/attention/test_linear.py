@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from visionattn.attention import LinearAttention, MagnitudeAwareAttention, RankAugmentedAttention, RotaryAttention
 from visionattn.kernels import linear_attention, rotary_tables
-from visionattn.kernels.linear_attn.forms import rotate_pairs
+from visionattn.kernels.linear_attn import rotate_pairs
 
 LAYERS = {
     "linear": lambda **kw: LinearAttention(16, 2, "relu", "inline", **kw),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from visionattn.kernels import set_backend
-from visionattn.kernels.common import backend as _dispatch
+from visionattn.kernels.common.backend import ENVIRONMENT_VARIABLE
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(autouse=True)
 def automatic_backend(monkeypatch):
     """Every test starts from the automatic choice."""
-    monkeypatch.delenv(_dispatch.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
     set_backend(None)
     torch.manual_seed(0)
     yield

@@ -1,4 +1,4 @@
-"""The depthwise convolution: reference against loops, the plain PyTorch path against the reference."""
+"""The depthwise convolution: reference against loops, the PyTorch path against the reference."""
 
 import pytest
 import torch

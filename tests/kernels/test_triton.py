@@ -1,4 +1,8 @@
-"""Runs the cases of some operators, in a process of their own: in Triton's interpreter, or on a GPU."""
+"""Runs the Triton cases of every operator, ``triton_cases.py``, in Triton's interpreter or on a GPU.
+
+Interpreting must be on before Triton is imported and stays on for the whole process, hence a process for each file.
+Cases are few programs large: a program step takes some milliseconds there.
+"""
 
 from pathlib import Path
 
@@ -7,17 +11,19 @@ import torch
 
 pytest.importorskip("triton")
 
-CASES = [str(Path(__file__).with_name(name)) for name in ("triton_cases.py", "window_triton_cases.py")]
+HERE = Path(__file__).parent
+CASES = {str(path.parent.relative_to(HERE)): str(path) for path in sorted(HERE.glob("**/triton_cases.py"))}
+every_operator = pytest.mark.parametrize("cases", CASES.values(), ids=CASES)
 
 
-@pytest.mark.parametrize("cases", CASES)
+@every_operator
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU runs the kernels themselves")
 def test_kernels_in_the_interpreter(run_python, cases):
     run_python("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", cases, TRITON_INTERPRET="1")
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("cases", CASES)
+@every_operator
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 def test_kernels_on_the_gpu(run_python, cases):
     command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu or not gpu", cases)

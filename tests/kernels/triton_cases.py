@@ -1,20 +1,12 @@
-"""What the Triton kernels must do. test_triton.py runs this file, in Triton's interpreter or on a GPU.
-
-Interpreting must be on before Triton is imported and stays on for the whole process, hence a process of its own.
-Cases are few programs large: a program step takes some milliseconds there.
-"""
-
-import sys
+"""What the kernels of operators of one file must do; ``test_triton.py`` says how this file is run."""
 
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
-from visionattn.kernels import depthwise_conv2d, gated_pointwise, use_backend
+from tests.kernels.cases import DEVICE, DTYPES
+from visionattn.kernels import depthwise, depthwise_conv2d, gated_pointwise, use_backend
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# The interpreter computes nonsense in bfloat16; the kernels cast what they load to float32 (but for tl.dot).
-DTYPES = [torch.float32, torch.float64, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
 # Sums in another order than the reference's. Half precision: the reference rounds between its operators, too.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
@@ -35,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_empty", "few_steps")
 @pytest.fixture
 def few_steps(monkeypatch):
     """Make the partial sums of weight gradients short, so that small maps have several."""
-    monkeypatch.setattr(sys.modules[depthwise_conv2d.__module__], "WEIGHT_GRAD_STEPS", 2)
+    monkeypatch.setattr(depthwise, "WEIGHT_GRAD_STEPS", 2)
 
 
 def make(*shapes, dtype=torch.float32):
@@ -203,28 +195,28 @@ def test_autocast_returns_what_the_reference_returns():
     assert [g.dtype for g in grads] == [torch.float32] * 3
 
 
-def test_flops_are_those_of_plain_convolutions():
+def test_flops_are_those_of_convolutions():
     from torch.utils.flop_counter import FlopCounterMode
 
     x, weight, bias = depthwise_tensors(1, 4, 5, 6, 3)
     matrix = make((3, 4, 1, 1))[0]
     gate = make((1, 3, 5, 6))[0]
-    depthwise, pointwise = 2 * 4 * 5 * 6 * 9, 2 * 3 * 4 * 5 * 6
+    convolution, product = 2 * 4 * 5 * 6 * 9, 2 * 3 * 4 * 5 * 6
     with FlopCounterMode(display=False) as counter:
         out = depthwise_conv2d(x, weight, bias, backend="triton")
-    assert counter.get_total_flops() == depthwise
+    assert counter.get_total_flops() == convolution
     with FlopCounterMode(display=False) as counter:
         torch.autograd.grad(out.sum(), (x, weight, bias))
-    assert counter.get_total_flops() == 2 * depthwise
+    assert counter.get_total_flops() == 2 * convolution
     with FlopCounterMode(display=False) as counter:
         out = gated_pointwise(x, matrix, None, gate, backend="triton")
-    assert counter.get_total_flops() == pointwise
+    assert counter.get_total_flops() == product
     with FlopCounterMode(display=False) as counter:
         torch.autograd.grad(out.sum(), (x, matrix, gate))
-    assert counter.get_total_flops() == 3 * pointwise  # x, weight, and the convolution once more for the gate
+    assert counter.get_total_flops() == 3 * product  # x, weight, and the convolution once more for the gate
 
 
-@pytest.mark.skipif(DEVICE != "cuda", reason="on the cpu the plain operators are the automatic choice")
+@pytest.mark.skipif(DEVICE != "cuda", reason="on the cpu operators of PyTorch are the automatic choice")
 def test_automatic_choice_runs_the_kernels():
     x, weight, _ = depthwise_tensors(1, 4, 3, 3, 3)
     assert "visionattn" in str(depthwise_conv2d(x, weight).grad_fn).lower()

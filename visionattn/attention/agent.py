@@ -8,15 +8,12 @@ from timm.layers import register_notrace_module, trunc_normal_
 from torch import Tensor, nn
 
 from visionattn.attention.mixer import Mixer
-from visionattn.kernels import autocasting, eager
+from visionattn.kernels import agent_attention
 from visionattn.layers.blocks import DepthwiseConv, resize_table
 
 __all__ = ["AgentAttention"]
 
 TABLE = 7  # side of the coarse bias tables
-# Tokens an agent, from which on weights are kept agent by agent. Measured on an AMD EPYC, batch 8: 3 times the speed of
-# attention by tokens in inference, 1.3 in training, for 9 agents on 56x56; none for 16 on 28x28 or 49 on 14x14.
-MANY_TOKENS = 64
 
 
 @register_notrace_module  # whether tables are resized depends on the size of the map
@@ -81,21 +78,20 @@ class AgentAttention(Mixer):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, H: int, W: int, context: Tensor) -> Tensor:
         agents = F.adaptive_avg_pool2d(self.map(q, H, W).permute(0, 3, 1, 2), self.agent_shape)
-        agents = self.heads(agents.flatten(2).transpose(1, 2))  # B h M D
-        q, k, values = self.heads(q), self.heads(k), self.heads(v)
-        y = self._mix(q, k, values, agents, *self.biases(H, W)).transpose(1, 2).flatten(2)
+        agents = agents.flatten(2).transpose(1, 2)  # B M C
+        heads = [self.num_heads, self.head_dim]
+        q, k, values, agents = (
+            q.unflatten(2, heads),
+            k.unflatten(2, heads),
+            v.unflatten(2, heads),
+            agents.unflatten(2, heads),
+        )
+        to_agents, to_tokens = self.biases(H, W)
+        y = agent_attention(q, k, values, agents, to_agents, to_tokens, self.scale).flatten(2)
         local = self.dwc(self.map(v, H, W)).flatten(1, 2)
         if self.num_prefix_tokens == 0:
             return y + local
         return torch.cat([y[:, : self.num_prefix_tokens], y[:, self.num_prefix_tokens :] + local], 1)
-
-    def _mix(self, q: Tensor, k: Tensor, v: Tensor, agents: Tensor, to_agents: Tensor, to_tokens: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
-            few = agents.shape[2] * MANY_TOKENS <= q.shape[2] and q.dtype == to_agents.dtype
-            if few and q.device.type == "cpu" and q.dtype.itemsize >= 4 and eager(q) and not autocasting(q):
-                return _few_agents(q, k, v, agents * self.scale, to_agents, to_tokens.transpose(2, 3))
-        pooled = self._softmax(agents, k, v, to_agents)
-        return self._softmax(q, agents, pooled, to_tokens)
 
     def biases(self, H: int, W: int) -> tuple[Tensor, Tensor]:
         """Of the logits from agents to tokens and from tokens to agents. [1, h, M, N], [1, h, N, M]"""
@@ -119,31 +115,3 @@ class AgentAttention(Mixer):
             return bias
         grid = bias.transpose(1, 2).unflatten(2, [self.table_shape[0], self.table_shape[1]])
         return resize_table(grid, p, q, "bilinear").flatten(2).transpose(1, 2)
-
-    def _softmax(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-        # A trained bias would send PyTorch's fused attention to its slow path, which stores the logits, too.
-        if bias.requires_grad:
-            return ((q * self.scale) @ k.transpose(-1, -2) + bias).softmax(-1) @ v
-        return F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype))
-
-
-def _few_agents(q: Tensor, k: Tensor, v: Tensor, agents: Tensor, to_agents: Tensor, to_tokens: Tensor) -> Tensor:
-    """Both attentions by weights [M, N]: a softmax over the few columns of [N, M] would not use a processor's vectors.
-
-    Args:
-        q: [B, h, N, D], as k and v
-        agents: Scaled. [B, h, M, D]
-        to_agents: [1, h, M, N]
-        to_tokens: [1, h, M, N]
-    """
-    if torch.is_grad_enabled():
-        pooled = (agents @ k.transpose(2, 3) + to_agents).softmax(3) @ v
-        return (agents @ q.transpose(2, 3) + to_tokens).softmax(2).transpose(2, 3) @ pooled
-    # Sample by sample, products read queries and keys where they are: the stride of heads is that of one sample.
-    y = torch.empty(q.transpose(1, 2).shape, dtype=v.dtype, device=v.device).transpose(1, 2)
-    first, second = to_agents[0], to_tokens[0].contiguous()
-    for i, a in enumerate(agents):
-        pooled = torch.baddbmm(first, a, k[i].transpose(1, 2)).softmax(2) @ v[i]
-        weights = torch.baddbmm(second, a, q[i].transpose(1, 2)).softmax(1)
-        y[i] = weights.transpose(1, 2) @ pooled
-    return y

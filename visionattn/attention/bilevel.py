@@ -8,18 +8,15 @@ import torch.nn.functional as F
 from timm.layers import is_exportable, is_scriptable, register_notrace_module
 from torch import Tensor, nn
 
-from visionattn.kernels import bilevel_routing_attention
-from visionattn.kernels.bilevel.regions import (
-    crop_map,
+from visionattn.kernels import bilevel_routing_attention, crop_map, exporting, pad_map
+from visionattn.kernels.bilevel import (
     cut,
     from_regions,
     gathered_attention,
-    pad_map,
     region_means,
     route_regions,
     to_regions,
 )
-from visionattn.kernels.common import backend as _dispatch
 from visionattn.layers.blocks import DepthwiseConv, Linear
 
 __all__ = ["BiLevelRoutingAttention", "LePEAttention"]
@@ -184,7 +181,7 @@ class BiLevelRoutingAttention(nn.Module):
 
     @torch.jit.unused
     def _fused(self, q: Tensor, k: Tensor, v: Tensor, grid: list[int]) -> Tensor:
-        if _dispatch.exporting():
+        if exporting():
             return self._plain(q, k, v, grid)
         down, rows, across, columns = grid
         heads = [t.unflatten(-1, [self.num_heads, -1]) for t in (q, k, v)]

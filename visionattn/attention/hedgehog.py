@@ -12,9 +12,8 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from visionattn.attention.softmax import SelfAttention
-from visionattn.kernels import linear_attention
-from visionattn.kernels.linear_attn.causal import causal_sums
-from visionattn.kernels.linear_attn.forms import mix, precise
+from visionattn.kernels import linear_attention, precise
+from visionattn.kernels.linear_attn import causal_sums, mix
 
 __all__ = ["HedgehogAttention", "HedgehogFeatures", "attention_transfer_loss", "attention_weight_loss", "transfer"]
 

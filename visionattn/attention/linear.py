@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from timm.layers import is_exportable, is_scriptable, register_notrace_module, use_fused_attn
 from torch import Tensor, nn
 
-from visionattn.kernels import linear_attention, rotary_tables
-from visionattn.kernels.linear_attn.forms import FEATURE_MAPS, NORMALIZERS, features, mix, precise, rotate_pairs
+from visionattn.kernels import linear_attention, precise, rotary_tables
+from visionattn.kernels.linear_attn import FEATURE_MAPS, NORMALIZERS, features, mix, rotate_pairs
 from visionattn.layers.blocks import Linear, in_slices
 
 __all__ = ["LinearAttention", "MagnitudeAwareAttention", "RankAugmentedAttention", "RotaryAttention"]
@@ -105,7 +105,7 @@ class LinearAttention(MapAttention):
     """Linear attention with any named feature map and normalizer, rotary embedding, LePE and gate. [B, H, W, dim]
 
     Args:
-        feature_map: Name of the map of queries and keys, see ``visionattn.kernels.linear_attn.op``.
+        feature_map: Name of the map of queries and keys, see ``visionattn.kernels.linear_attention``.
         normalizer: How weights are normalized, see there.
         eps: Added to divisors.
         rank_augmented: Whether keys are weighted by their similarity to the mean query.

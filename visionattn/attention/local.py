@@ -12,7 +12,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from visionattn.kernels import autocast, eager, exporting
-from visionattn.kernels.neighborhood.tiles import Axis, Group, Run, positions
+from visionattn.kernels.neighborhood import Axis, Group, Run, positions
 from visionattn.layers.blocks import Linear
 
 __all__ = ["CircularWindowAttention", "HaloAttention", "circular_attention"]

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from timm.layers import is_exportable, is_scriptable
 from torch import Tensor, nn
 
-from visionattn.kernels import exporting, focused, linear_attention
-from visionattn.kernels.linear_attn.forms import features, mix, precise
+from visionattn.kernels import exporting, focused, linear_attention, precise
+from visionattn.kernels.linear_attn import features, mix
 from visionattn.layers.blocks import Linear
 from visionattn.layers.norms import fold_before
 
@@ -158,7 +158,7 @@ class LinearMixer(Mixer):
             k: Keys. [B, N, C]
             v: Values. [B, N, C]
             local: Added to the tokens behind the prefix. [B, H, W, C]
-            feature_map: As in ``visionattn.kernels.linear_attn.op``.
+            feature_map: As in ``visionattn.kernels.linear_attention``.
             normalizer: As there.
             sharpness: Takes ``visionattn.kernels.focused`` with this scale as feature map.
         """

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from timm.layers import is_exportable, is_scriptable, register_notrace_module, trunc_normal_
 from torch import Tensor, nn
 
-from visionattn.kernels import exporting, neighborhood_attention, neighborhood_attention_plain
+from visionattn.kernels import exporting, neighborhood_attention, neighborhood_attention_export
 from visionattn.layers.blocks import Linear
 
 __all__ = ["NeighborhoodAttention"]
@@ -122,7 +122,7 @@ class NeighborhoodAttention(nn.Module):
             q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
         drop = self.attn_drop.p if self.training else 0.0
         if torch.jit.is_scripting() or self.plain or drop > 0.0:
-            y = neighborhood_attention_plain(q, k, v, kernel_size, dilation, rpb, self.is_causal, self.scale, drop)
+            y = neighborhood_attention_export(q, k, v, kernel_size, dilation, rpb, self.is_causal, self.scale, drop)
         else:
             y = self._fused(q, k, v, kernel_size, dilation, rpb)
         y = y.flatten(-2)

@@ -5,8 +5,8 @@ from timm.layers import is_exportable, is_scriptable, register_notrace_module, t
 from torch import Tensor, nn
 
 from visionattn.attention.mixer import Mixer, unknown_size
-from visionattn.kernels import window_attention, window_attention_plain
-from visionattn.kernels.window.export import MASKED
+from visionattn.kernels import window_attention, window_attention_export
+from visionattn.kernels.window import MASKED
 
 __all__ = ["WindowAttention"]
 
@@ -73,7 +73,7 @@ class WindowAttention(Mixer):
             shift = self.window_size // 2 if self.shift and self.shifted(H, W) else 0
             table = self.relative_position_bias_table
             shifts, scale = [shift, shift], self.scale
-            y = window_attention_plain(qkv, window, shifts, table, padding, self.masked, scale)
+            y = window_attention_export(qkv, window, shifts, table, padding, self.masked, scale)
         else:
             y = self._fused(qkv, H, W, window, padding)
         return self.proj_drop(self.proj(y.flatten(3)))
@@ -84,7 +84,7 @@ class WindowAttention(Mixer):
         arguments = self.relative_position_bias_table, padding, self.masked, self.scale
         if unknown_size():
             shifted = self._shifted_any_size(H, W, qkv.device) if shift else None
-            return window_attention_plain(qkv, window, [shift, shift], *arguments, True, shifted)
+            return window_attention_export(qkv, window, [shift, shift], *arguments, True, shifted)
         shift = shift if self.shifted(H, W) else 0
         return window_attention(qkv, window, shift, *arguments, "torch" if self.plain else None)
 

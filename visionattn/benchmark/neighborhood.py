@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visionattn.kernels.neighborhood.geometry import axis_mask, map_windows
+from visionattn.kernels.neighborhood import axis_mask, map_windows
 
 __all__ = ["flex", "flex_mods", "masked_sdpa"]
 

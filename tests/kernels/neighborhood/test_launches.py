@@ -1,31 +1,12 @@
-"""Runs the cases of neighborhood_triton_cases.py in a process of their own, in Triton's interpreter or on a GPU; tests
-the sizes of launches, which need neither.
-"""
+"""Halos of tiles, which the sizes of launches follow from."""
 
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
 
 from visionattn.kernels.neighborhood.geometry import window_start
 from visionattn.kernels.neighborhood.launches import halo
-
-CASES = str(Path(__file__).with_name("neighborhood_triton_cases.py"))
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU runs the kernels themselves")
-def test_kernels_in_the_interpreter(run_python):
-    pytest.importorskip("triton")
-    run_python("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", CASES, TRITON_INTERPRET="1")
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
-def test_kernels_on_the_gpu(run_python):
-    pytest.importorskip("triton")
-    command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu or not gpu", CASES)
-    print(run_python(*command, TRITON_INTERPRET=None))
 
 
 @pytest.mark.parametrize("viewers", [False, True])

@@ -1,20 +1,12 @@
-"""What the kernels of neighborhood attention must do. test_neighborhood_triton.py runs this file, in Triton's
-interpreter or on a GPU, in a process of its own: see triton_cases.py.
-"""
+"""What the kernels of neighborhood attention must do; ``test_triton.py`` says how this file is run."""
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.kernels.cases import ATTENTION_TOLERANCE, DEVICE, DTYPES
 from visionattn.kernels.neighborhood.op import neighborhood_attention_reference
 from visionattn.kernels.neighborhood.triton import neighborhood_attention_triton, unsupported
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# The interpreter computes nonsense in bfloat16.
-DTYPES = [torch.float32, torch.float64, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
-# Sums in another order than the reference's. Half precision: probabilities are rounded before the product with v, and
-# the gradient of the logits before that with q and k.
-TOLERANCE = {torch.float32: 3e-6, torch.float64: 1e-14, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 
 CASES = {  # spatial, K, dilation, causal, B, h, D
     "two tiles": ((9, 11), 7, 1, False, 1, 1, 16),
@@ -68,7 +60,7 @@ def compare(qkv, bias, window, rest):
     for name, result, true in pairs:
         assert result.dtype == dtype and result.shape == true.shape
         error = (result.double() - true).norm() / true.norm()
-        assert error < TOLERANCE[dtype], f"relative error {error:.1e} of {name}"
+        assert error < ATTENTION_TOLERANCE[dtype], f"relative error {error:.1e} of {name}"
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())

@@ -13,8 +13,8 @@ from visionattn.kernels import (
     set_backend,
     use_backend,
 )
-from visionattn.kernels.common import backend as _dispatch
-from visionattn.kernels.common import jit as _triton
+from visionattn.kernels.common import backend as rule
+from visionattn.kernels.common import jit
 
 ONLY_KERNELS = """
 import sys, types
@@ -31,8 +31,8 @@ import torch, visionattn.kernels as kernels
 def chosen(monkeypatch):
     """Call an operator as far as the choice of its backend."""
     x = torch.zeros(1, 2, 3, 3)
-    monkeypatch.setattr(_triton, "unavailable", lambda device: None)
-    return lambda backend=None: _dispatch.choose("op", x, backend, lambda: None)
+    monkeypatch.setattr(jit, "unavailable", lambda device: None)
+    return lambda backend=None: rule.choose("op", x, backend, lambda: None)
 
 
 def test_argument_then_setting_then_environment_then_automatic(chosen, monkeypatch):
@@ -70,7 +70,7 @@ def test_unknown_names_raise_and_list_the_known(monkeypatch):
 
 @pytest.mark.parametrize("source", ["argument", "setting", "environment"])
 def test_triton_that_cannot_run_raises_whoever_asked(source, monkeypatch):
-    monkeypatch.setattr(_triton, "interpreting", lambda: False)
+    monkeypatch.setattr(jit, "interpreting", lambda: False)
     if source == "setting":
         set_backend("triton")
     elif source == "environment":
@@ -84,7 +84,7 @@ def test_triton_that_cannot_run_raises_whoever_asked(source, monkeypatch):
 
 
 def test_triton_names_what_its_kernels_do_not_cover(monkeypatch):
-    monkeypatch.setattr(_triton, "unavailable", lambda device: None)
+    monkeypatch.setattr(jit, "unavailable", lambda device: None)
     with pytest.raises(BackendError, match="kernel side is 9, the kernels cover 3, 5, 7"):
         depthwise_conv2d(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 9, 9), backend="triton")
     x = torch.ones(1, 1, 3, 3, dtype=torch.complex64)
@@ -101,10 +101,10 @@ class _OnGPU:
 
 def test_automatic_choice_on_a_gpu(monkeypatch):
     reasons = []
-    monkeypatch.setattr(_triton, "unavailable", lambda device: reasons[0] if reasons else None)
+    monkeypatch.setattr(jit, "unavailable", lambda device: reasons[0] if reasons else None)
 
     def choose(unsupported=None, **kwargs):
-        return _dispatch.choose("op", _OnGPU(), None, lambda: unsupported, **kwargs)
+        return rule.choose("op", _OnGPU(), None, lambda: unsupported, **kwargs)
 
     assert choose() == "triton"
     assert choose("a dtype") == "torch"
@@ -112,7 +112,7 @@ def test_automatic_choice_on_a_gpu(monkeypatch):
     reasons.append("not installed")
     assert choose() == "torch"
     reasons.clear()
-    monkeypatch.setattr(_dispatch, "exporting", lambda: True)
+    monkeypatch.setattr(rule, "exporting", lambda: True)
     assert choose() == "torch"
 
 
@@ -153,7 +153,7 @@ def test_compiled_code_follows_the_setting():
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_exported_graphs_hold_plain_operators_only(strict):
+def test_exported_graphs_hold_operators_of_pytorch_only(strict):
     class Layer(torch.nn.Module):
         def __init__(self):
             super().__init__()

@@ -6,8 +6,8 @@ from torch.autograd import gradcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 from visionattn.kernels import neighborhood_attention
+from visionattn.kernels.common.checks import per_axis
 from visionattn.kernels.neighborhood.compiled import neighborhood_attention_op
-from visionattn.kernels.neighborhood.geometry import per_axis
 
 # B, spatial, h, D, kernel_size, dilation, is_causal: one tile, tiles of three kinds, residues of two lengths, odd D
 SHAPES = [

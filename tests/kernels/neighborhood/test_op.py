@@ -9,9 +9,10 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 from visionattn.benchmark.measure import peak_memory
-from visionattn.kernels import neighborhood_attention, neighborhood_attention_plain
+from visionattn.kernels import neighborhood_attention, neighborhood_attention_export
+from visionattn.kernels.common.checks import per_axis
 from visionattn.kernels.neighborhood import tiles
-from visionattn.kernels.neighborhood.geometry import axis_windows, map_windows, per_axis
+from visionattn.kernels.neighborhood.geometry import axis_windows, map_windows
 
 BACKENDS = ("torch", "reference")
 
@@ -43,10 +44,10 @@ def tensors(B, spatial, h, D, K, biased=True, dtype=torch.float32, scale=1.0):
 
 def call(inputs, K, d, causal, backend=None, **kwargs):
     q, k, v, *bias = inputs
-    if backend == "plain":  # what is exported and scripted
+    if backend == "export":  # what is exported and scripted
         given = (K, int), (d, int), (causal, bool)
         K, d, causal = (list(per_axis("", x, q.dim() - 3, kind)) for x, kind in given)
-        return neighborhood_attention_plain(q, k, v, K, d, *bias or [None], causal, q.shape[-1] ** -0.5)
+        return neighborhood_attention_export(q, k, v, K, d, *bias or [None], causal, q.shape[-1] ** -0.5)
     return neighborhood_attention(q, k, v, K, d, *bias, is_causal=causal, backend=backend, **kwargs)
 
 
@@ -139,7 +140,7 @@ def test_torch_equals_reference_forward_and_gradients(shape, biased):
         assert out.is_contiguous() and out.shape == inputs[0].shape
         results.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
         with torch.no_grad():  # another path through the code than with gradients
-            for other in (backend, "plain"):
+            for other in (backend, "export"):
                 torch.testing.assert_close(call(inputs, K, d, causal, other), out, rtol=1e-4, atol=1e-5)
     # The same sums in another order; a gradient of the bias adds up to some thousand terms.
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-4)
@@ -239,7 +240,7 @@ def sees(spatial, K, d, causal, at):
 @pytest.mark.parametrize("trained", [True, False])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38], ids=str)
 @pytest.mark.parametrize("case", [((20, 17), 5, 1, False), ((17, 15), 3, 2, True), ((50,), 7, 1, False)], ids=str)
-@pytest.mark.parametrize("backend", [*BACKENDS, "plain"])
+@pytest.mark.parametrize("backend", [*BACKENDS, "export"])
 def test_non_finite_values_reach_only_the_windows_that_see_them(case, value, trained, backend):
     spatial, K, d, causal = case
     at = tuple(L // 2 for L in spatial)
@@ -296,7 +297,7 @@ class Layer(torch.nn.Module):
 
 
 @pytest.mark.parametrize(("size", "K", "d"), [((20, 17), 7, 1), ((9, 8), 3, 2), ((7, 7), 7, 1)])
-def test_exports_as_plain_operators(size, K, d):
+def test_exports_as_operators_of_pytorch(size, K, d):
     layer = Layer(K, d)
     x, larger = torch.randn(2, *size, 3, 2, 4), torch.randn(5, *size, 3, 2, 4)
     exported = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))

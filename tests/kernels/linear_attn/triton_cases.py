@@ -1,16 +1,14 @@
-"""The Triton kernels of linear attention against the reference; test_linear_triton.py runs this in a process of its
-own, in Triton's interpreter or on a GPU.
-"""
+"""What the kernels of linear attention must do; ``test_triton.py`` says how this file is run."""
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from visionattn.kernels import focused, linear_attention, rotary_tables, use_backend
-from visionattn.kernels.linear_attn.forms import NORMALIZERS
+from tests.kernels.cases import DEVICE
+from visionattn.kernels import linear_attention, rotary_tables, use_backend
+from visionattn.kernels.linear_attn import NORMALIZERS, launches
 from visionattn.kernels.linear_attn.triton import IN_KERNEL, unsupported
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 
@@ -60,42 +58,6 @@ def test_feature_maps(feature_map):
     compare(make(20, D=16), dict(feature_map=feature_map))
 
 
-@pytest.mark.parametrize("shape", [(2, 5, 3, 7), (1, 70, 2, 16), (3, 1, 1, 1), (1, 9, 5, 120)], ids=str)
-@pytest.mark.parametrize("power", [3.0, 2.5])
-def test_focused_features_read_tokens_of_any_strides_once(shape, power):
-    generator = torch.Generator().manual_seed(0)
-    views = torch.randn(shape[0], shape[1], 3, *shape[2:], generator=generator).to(DEVICE)
-    views[:, 0] = -1  # a token of nothing positive
-    transposed = torch.randn(*shape[:2], shape[3], shape[2], generator=generator).to(DEVICE).transpose(2, 3)
-    scale = torch.randn(1, 1, shape[2] * shape[3], generator=generator).to(DEVICE).requires_grad_()
-    for x in (views[:, :, 1].requires_grad_(), transposed.requires_grad_()):
-        results = []
-        weight = torch.linspace(-1, 2, shape[3], device=DEVICE)
-        for backend in ("triton", "reference"):
-            out = focused(x.double() if backend == "reference" else x, power, scale, backend=backend)
-            results.append((out.double(), *torch.autograd.grad((out * weight).sum(), [x, scale])))
-        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
-    wide = torch.full((1, 1, 2, 64), 1e18, device=DEVICE)  # the cube of which is no float32
-    torch.testing.assert_close(focused(wide, backend="triton"), wide, rtol=1e-5, atol=0)
-
-
-def test_focused_features_split_their_sums_and_pass_opcheck(monkeypatch):
-    from visionattn.kernels.focused_map import triton as _focused_triton
-
-    x, factor = torch.randn(2, 150, 64, device=DEVICE).requires_grad_(), torch.rand(64, device=DEVICE).requires_grad_()
-    gradients = []
-    for programs in (512, 1):
-        monkeypatch.setattr(_focused_triton, "PROGRAMS", programs)
-        out = torch.ops.visionattn.focused(x, factor, 3.0)
-        gradients.append(torch.autograd.grad(out.square().sum(), [x, factor]))
-    torch.testing.assert_close(*gradients)
-    torch.library.opcheck(torch.ops.visionattn.focused.default, (x, factor, 3.0))
-    arguments = (torch.randn_like(x).detach(), x.detach(), factor.detach(), 3.0)
-    torch.library.opcheck(torch.ops.visionattn.focused_backward.default, arguments)
-    empty = torch.ops.visionattn.focused(x[:0], factor, 3.0)
-    assert empty.shape == (0, 150, 64) and not torch.autograd.grad(empty.sum(), factor)[0].any()
-
-
 def test_every_map_of_the_kernels_can_be_that_of_queries_or_keys():
     tensors = make(9, D=16, h=1)
     for maps in zip(IN_KERNEL, IN_KERNEL[1:] + IN_KERNEL[:1], strict=True):
@@ -116,12 +78,10 @@ def test_wide_heads():
 
 
 def test_sums_are_split_for_small_batches_and_added_up_in_a_fixed_order(monkeypatch):
-    from visionattn.kernels.linear_attn import triton as _linear_triton
-
     tensors = make(100, h=1)
     runs = []
     for programs in (1, 512, 512):
-        monkeypatch.setattr(_linear_triton, "PROGRAMS", programs)
+        monkeypatch.setattr(launches, "PROGRAMS", programs)
         out = linear_attention(*tensors, "elu+1", "magnitude", backend="triton")
         runs.append((out, *torch.autograd.grad(out.square().sum(), tensors)))
     for actual, expected in zip(runs[0], runs[1], strict=True):

@@ -7,9 +7,9 @@ from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
 from torch.autograd import gradcheck
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from visionattn.kernels import set_backend, window_attention, window_attention_plain
-from visionattn.kernels.window import cpu as _window_eager
-from visionattn.kernels.window.export import relative_index
+from visionattn.kernels import set_backend, window_attention, window_attention_export
+from visionattn.kernels.window import cpu
+from visionattn.kernels.window.geometry import relative_index
 
 INF = float("inf")
 CASES = {  # B, H, W, h, D, window, shift
@@ -42,12 +42,12 @@ def make(B, H, W, h, D, window, shift, dtype=torch.float64, biased=True, padded=
 def paths(qkv, bias, padding, sizes, masked=-100.0, scale=0.7):
     """The result of every path, that for CPUs without gradients last."""
     yield "eager", window_attention(qkv, *sizes, bias, padding, masked, scale, backend="torch")
-    plain = (qkv, *map(list, sizes), bias, padding, masked, scale)
-    yield "plain", window_attention_plain(*plain)
-    yield "plain for any size", window_attention_plain(*plain, True, torch.tensor(1))
+    arguments = (qkv, *map(list, sizes), bias, padding, masked, scale)
+    yield "export", window_attention_export(*arguments)
+    yield "export for any size", window_attention_export(*arguments, True, torch.tensor(1))
     with torch.no_grad():
         yield "inference", window_attention(qkv, *sizes, bias, padding, masked, scale, backend="torch")
-        yield "plain inference", window_attention_plain(*plain)
+        yield "export, inference", window_attention_export(*arguments)
 
 
 def gradients(out, tensors, weight):
@@ -131,19 +131,19 @@ def test_windows_that_may_be_shifted_or_not():
         steps = tuple(shifted * s for s in shift)
         expected = window_attention(qkv, window, steps, bias, padding, backend="reference")
         arguments = (qkv, list(window), list(shift), bias, padding, -100.0, 0.5, True, torch.tensor(shifted))
-        torch.testing.assert_close(window_attention_plain(*arguments), expected)
+        torch.testing.assert_close(window_attention_export(*arguments), expected)
 
 
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("case", [(1, 3, 5, 1, 2, (2, 3), (1, 1)), (2, 4, 2, 2, 1, 2, 0)], ids=str)
-@pytest.mark.parametrize("path", ["eager", "plain"])
+@pytest.mark.parametrize("path", ["eager", "export"])
 def test_gradcheck(case, biased, path):
     qkv, bias, padding, sizes = make(*case, biased=biased)
 
     def attend(qkv, padding, bias=None):
         if path == "eager":
             return window_attention(qkv, *sizes, bias, padding, backend="torch")
-        return window_attention_plain(qkv, *map(list, sizes), bias, padding, -100.0, 0.5)
+        return window_attention_export(qkv, *map(list, sizes), bias, padding, -100.0, 0.5)
 
     assert gradcheck(attend, (qkv, padding, bias) if biased else (qkv, padding), fast_mode=True)
 
@@ -169,7 +169,7 @@ def test_second_derivatives_are_refused():
 
 def test_parameters_take_the_path_for_cpus():
     qkv, bias, padding, sizes = make(1, 4, 4, 1, 2, 2, 1)
-    assert _window_eager.covers(qkv, torch.nn.Parameter(bias.detach()), padding)
+    assert cpu.covers(qkv, torch.nn.Parameter(bias.detach()), padding)
     out = window_attention(qkv, *sizes, torch.nn.Parameter(bias.detach()), padding)
     assert "WindowAttention" in type(out.grad_fn).__name__
 
@@ -243,7 +243,7 @@ def test_compiles_as_one_graph(dynamic):
 
 
 def test_scripts():
-    scripted = torch.jit.script(window_attention_plain)
+    scripted = torch.jit.script(window_attention_export)
     for case in ("shifted", "a remainder on both axes"):
         qkv, bias, padding, sizes = make(*CASES[case])
         expected = window_attention(qkv, *sizes, bias, padding, scale=0.7, backend="reference")
@@ -262,7 +262,7 @@ def test_autocast():
 
 def test_inference_mode_before_training_on_maps_of_one_size():
     qkv, bias, padding, sizes = make(1, 5, 10, 2, 4, 5, 2)
-    _window_eager._tables.cache_clear()
+    cpu._tables.cache_clear()
     with torch.inference_mode():
         window_attention(qkv, *sizes, bias, padding)
     window_attention(qkv, *sizes, bias, padding).sum().backward()

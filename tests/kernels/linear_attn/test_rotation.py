@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from visionattn.kernels import linear_attention, rotary_tables
-from visionattn.kernels.linear_attn.forms import rotate_pairs
+from visionattn.kernels.linear_attn import rotate_pairs
 
 
 def step(function, inputs):

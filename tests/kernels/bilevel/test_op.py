@@ -9,7 +9,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from visionattn.benchmark.measure import peak_memory
 from visionattn.kernels import bilevel_routing_attention
-from visionattn.kernels.bilevel import chunks as _bilevel_chunks
+from visionattn.kernels.bilevel import chunks
 from visionattn.kernels.bilevel.regions import cut, from_regions, region_means, route_regions, to_regions
 
 BACKENDS = ("torch", "reference")
@@ -73,7 +73,7 @@ SHAPES = [
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_torch_equals_reference_forward_and_gradients(shape, monkeypatch):
-    monkeypatch.setattr(_bilevel_chunks, "CHUNK_BYTES", 2**14)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 2**14)
     B, size, h, D, E, region, topk = shape
     inputs = [torch.randn(B, *size, h, n, requires_grad=True) for n in (D, D, E)]
     results = []
@@ -91,7 +91,7 @@ def test_torch_equals_reference_forward_and_gradients(shape, monkeypatch):
 @pytest.mark.parametrize("E", [8, 4])
 @pytest.mark.parametrize("key_region", [None, (2, 1)])
 def test_weighted_routes_and_reduced_keys_equal_the_reference(key_region, E, monkeypatch):
-    monkeypatch.setattr(_bilevel_chunks, "CHUNK_BYTES", 2**12)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 2**12)
     routes = torch.randint(20, (2, 20, 3))  # a region may even stand twice in a row
     weights = torch.rand(2, 20, 3, requires_grad=True)
     size = (16, 15) if key_region is None else (8, 5)

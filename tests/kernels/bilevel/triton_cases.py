@@ -1,20 +1,12 @@
-"""What the kernels of bi-level routing attention must do. test_bilevel_triton.py runs this file, in Triton's
-interpreter or on a GPU, in a process of its own: see triton_cases.py.
-"""
+"""What the kernels of bi-level routing attention must do; ``test_triton.py`` says how this file is run."""
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.kernels.cases import ATTENTION_TOLERANCE, DEVICE, DTYPES
 from visionattn.kernels import bilevel_routing_attention
 from visionattn.kernels.bilevel.triton import bilevel_attention_triton, invert, unsupported
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# The interpreter computes nonsense in bfloat16.
-DTYPES = [torch.float32, torch.float64, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
-# Sums in another order than the reference's. Half precision: probabilities are rounded before the product with v, and
-# the gradient of the logits before that with q and k.
-TOLERANCE = {torch.float32: 3e-6, torch.float64: 1e-14, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 
 CASES = {  # size, region, K, B, h, D, E, key_region
     "several blocks of a region": ((9, 16), (9, 8), 1, 1, 1, 16, 16, None),
@@ -66,7 +58,7 @@ def compare(leaves, rest):
     for result, true in zip((out, *grads), (truth, *true_grads), strict=True):
         assert result.dtype == dtype and result.shape == true.shape
         error = (result.double() - true).norm() / true.norm()
-        assert error < TOLERANCE[dtype], f"relative error {error:.1e}"
+        assert error < ATTENTION_TOLERANCE[dtype], f"relative error {error:.1e}"
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())

@@ -1,4 +1,4 @@
-"""The gated 1x1 convolution: reference against einsum, the plain PyTorch path against the reference."""
+"""The gated 1x1 convolution: reference against einsum, the PyTorch path against the reference."""
 
 import pytest
 import torch
