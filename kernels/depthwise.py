@@ -39,7 +39,7 @@ def depthwise_conv2d_reference(x: Tensor, weight: Tensor, bias: Tensor | None = 
 
 
 def depthwise_conv2d_torch(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int = 1) -> Tensor:
-    """The fastest form known in plain PyTorch operators. Arguments as in :func:`depthwise_conv2d`.
+    """The fastest form known in operators of PyTorch. Arguments as in :func:`depthwise_conv2d`.
 
     It differs from the reference on the CPU only, where oneDNN has fast kernels for a few depthwise convolutions and
     for fewer of their gradients; the others are put in terms of those. Forward-mode autograd needs the reference.

@@ -59,7 +59,7 @@ def flow_attention_reference(
 def flow_attention_torch(
     q: Tensor, k: Tensor, v: Tensor, causal: bool = False, eps: float = 1e-6, flow_eps: float = 0.0
 ) -> Tensor:
-    """The fastest form known in plain PyTorch operators, which TorchScript and exporters know too.
+    """The fastest form known in operators of PyTorch, which TorchScript and exporters know too.
 
     Arguments as in :func:`flow_attention`.
     """

@@ -33,7 +33,7 @@ def gated_pointwise_reference(x: Tensor, weight: Tensor, bias: Tensor | None, ga
 
 
 def gated_pointwise_torch(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor) -> Tensor:
-    """The fastest form known in plain PyTorch operators. Arguments as in :func:`gated_pointwise`.
+    """The fastest form known in operators of PyTorch. Arguments as in :func:`gated_pointwise`.
 
     It is the reference: on the CPU ``F.linear``, ``addmm`` and an own backward measured no better on most maps.
     """

@@ -32,7 +32,7 @@ def bilevel_routing_attention_torch(
     key_region: tuple[int, int],
     scale: float,
 ) -> Tensor:
-    """The fastest form known in plain PyTorch operators. Arguments as in :func:`bilevel_routing_attention`.
+    """The fastest form known in operators of PyTorch. Arguments as in :func:`bilevel_routing_attention`.
 
     Copies of keys and values are made for a few regions at a time. Second derivatives need the reference.
     """

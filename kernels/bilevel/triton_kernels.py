@@ -1,4 +1,4 @@
-"""The kernels that ``bilevel_triton.py`` launches; its docstring says what they compute.
+"""The kernels that ``triton.py`` launches; its docstring says what they compute.
 
 A slot is a token among all those that a region is routed to, or, for the gradients of keys and values, among those of
 all regions routed to it. Regions are read where they lie in the map. Strides are those of B, H, W, h; ``shape``,
@@ -8,6 +8,7 @@ all regions routed to it. Regions are read where they lie in the map. Strides ar
 from __future__ import annotations
 
 from visionattn.kernels.common.jit import jit, tl
+from visionattn.kernels.common.rows import load_rows, store_rows
 
 
 @jit
@@ -30,18 +31,6 @@ def _place(regions, tokens, across, region, shape):
 @jit
 def _offset(y, x, strides):
     return y.to(tl.int64) * strides[1] + x.to(tl.int64) * strides[2]
-
-
-@jit
-def _load(pixels, exist, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    d = tl.arange(0, BLOCK_D)
-    return tl.load(pixels[:, None] + d[None, :], exist[:, None] & (d < D)[None, :], other=0.0)
-
-
-@jit
-def _store(pixels, rows, exist, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    d = tl.arange(0, BLOCK_D)
-    tl.store(pixels[:, None] + d[None, :], rows.to(pixels.dtype.element_ty), exist[:, None] & (d < D)[None, :])
 
 
 @jit
@@ -71,7 +60,7 @@ def bilevel_fwd(
     v += b * v_strides[0] + head * v_strides[3]
     routes += (b * regions + own) * K
     pixel = b * out_strides[0] + head * out_strides[3] + _offset(t_y, t_x, out_strides)
-    rows = _load(q + _offset(t_y, t_x, q_strides), t_in, D, BLOCK_D)
+    rows = load_rows(q + _offset(t_y, t_x, q_strides), t_in, D, BLOCK_D)
     scale = tl.full([], scale, ACC) + tl.full([], scale_low, ACC)
     top = tl.full([BLOCK_M], float("-inf"), ACC)
     total = tl.zeros([BLOCK_M], ACC)
@@ -79,8 +68,8 @@ def bilevel_fwd(
     for i in range(STEPS):
         n = i * BLOCK_N + tl.arange(0, BLOCK_N)
         u_y, u_x, exist, inside = _routed(routes, n, key_region[0] * key_region[1], K, across, key_region, key_shape)
-        keys = _load(k + _offset(u_y, u_x, k_strides), inside, D, BLOCK_D)
-        values = _load(v + _offset(u_y, u_x, v_strides), inside, E, BLOCK_E)
+        keys = load_rows(k + _offset(u_y, u_x, k_strides), inside, D, BLOCK_D)
+        values = load_rows(v + _offset(u_y, u_x, v_strides), inside, E, BLOCK_E)
         logits = tl.dot(rows, tl.trans(keys), input_precision=PRECISION, out_dtype=ACC) * scale
         logits = tl.where(exist[None, :], logits, float("-inf"))
         new_top = tl.maximum(top, tl.max(logits, 1))
@@ -89,7 +78,7 @@ def bilevel_fwd(
         acc = acc * decay[:, None] + tl.dot(p.to(values.dtype), values, input_precision=PRECISION, out_dtype=ACC)
         total = total * decay + tl.sum(p, 1)
         top = new_top
-    _store(out + pixel, acc / total[:, None], t_in, E, BLOCK_E)
+    store_rows(out + pixel, acc / total[:, None], t_in, E, BLOCK_E)
     tl.store(lse + pixel // E, top + tl.log2(total), t_in)
 
 
@@ -114,25 +103,25 @@ def bilevel_bwd_dq(
     dq += b * dq_strides[0] + head * dq_strides[3]
     routes += (b * regions + own) * K
     pixel = b * out_strides[0] + head * out_strides[3] + _offset(t_y, t_x, out_strides)
-    grads = _load(grad + _offset(t_y, t_x, grad_strides), t_in, E, BLOCK_E)
-    deltas = tl.sum(grads.to(ACC) * _load(out + pixel, t_in, E, BLOCK_E).to(ACC), 1)
+    grads = load_rows(grad + _offset(t_y, t_x, grad_strides), t_in, E, BLOCK_E)
+    deltas = tl.sum(grads.to(ACC) * load_rows(out + pixel, t_in, E, BLOCK_E).to(ACC), 1)
     tl.store(delta + pixel // E, deltas, t_in)
-    rows = _load(q + _offset(t_y, t_x, q_strides), t_in, D, BLOCK_D)
+    rows = load_rows(q + _offset(t_y, t_x, q_strides), t_in, D, BLOCK_D)
     log_sums = tl.load(lse + pixel // E, t_in, other=0.0)
     scale = tl.full([], scale, ACC) + tl.full([], scale_low, ACC)
     acc = tl.zeros([BLOCK_M, BLOCK_D], ACC)
     for i in range(STEPS):
         n = i * BLOCK_N + tl.arange(0, BLOCK_N)
         u_y, u_x, exist, inside = _routed(routes, n, key_region[0] * key_region[1], K, across, key_region, key_shape)
-        keys = _load(k + _offset(u_y, u_x, k_strides), inside, D, BLOCK_D)
-        values = _load(v + _offset(u_y, u_x, v_strides), inside, E, BLOCK_E)
+        keys = load_rows(k + _offset(u_y, u_x, k_strides), inside, D, BLOCK_D)
+        values = load_rows(v + _offset(u_y, u_x, v_strides), inside, E, BLOCK_E)
         logits = tl.dot(rows, tl.trans(keys), input_precision=PRECISION, out_dtype=ACC) * scale
         p = tl.exp2(tl.where(exist[None, :], logits - log_sums[:, None], float("-inf")))
         dp = tl.dot(grads, tl.trans(values), input_precision=PRECISION, out_dtype=ACC)
         ds = (p * (dp - deltas[:, None])).to(keys.dtype)
         acc += tl.dot(ds, keys, input_precision=PRECISION, out_dtype=ACC)
     # The scale is that of logits in base 2.
-    _store(dq + _offset(t_y, t_x, dq_strides), acc * (scale * 0.6931471805599453), t_in, D, BLOCK_D)
+    store_rows(dq + _offset(t_y, t_x, dq_strides), acc * (scale * 0.6931471805599453), t_in, D, BLOCK_D)
 
 
 @jit
@@ -162,8 +151,8 @@ def bilevel_bwd_dkv(
     begin = tl.load(starts + b * (regions + 1) + own)
     viewers = tl.load(starts + b * (regions + 1) + own + 1) - begin
     sources += b * regions * K + begin
-    keys = _load(k + _offset(u_y, u_x, k_strides), u_in, D, BLOCK_D)
-    values = _load(v + _offset(u_y, u_x, v_strides), u_in, E, BLOCK_E)
+    keys = load_rows(k + _offset(u_y, u_x, k_strides), u_in, D, BLOCK_D)
+    values = load_rows(v + _offset(u_y, u_x, v_strides), u_in, E, BLOCK_E)
     scale = tl.full([], scale, ACC) + tl.full([], scale_low, ACC)
     dk_acc = tl.zeros([BLOCK_N, BLOCK_D], ACC)
     dv_acc = tl.zeros([BLOCK_N, BLOCK_E], ACC)
@@ -172,8 +161,8 @@ def bilevel_bwd_dkv(
     while m < slots:
         t = m + tl.arange(0, BLOCK_M)
         t_y, t_x, _, t_in = _routed(sources, t, region[0] * region[1], viewers, across, region, shape)
-        rows = _load(q + _offset(t_y, t_x, q_strides), t_in, D, BLOCK_D)
-        grads = _load(grad + _offset(t_y, t_x, grad_strides), t_in, E, BLOCK_E)
+        rows = load_rows(q + _offset(t_y, t_x, q_strides), t_in, D, BLOCK_D)
+        grads = load_rows(grad + _offset(t_y, t_x, grad_strides), t_in, E, BLOCK_E)
         place = (image + _offset(t_y, t_x, out_strides)) // E
         log_sums = tl.load(lse + place, t_in, other=0.0)
         deltas = tl.load(delta + place, t_in, other=0.0)
@@ -184,5 +173,5 @@ def bilevel_bwd_dkv(
         ds = (p * (dp - deltas[None, :])).to(rows.dtype)
         dk_acc += tl.dot(ds, rows, input_precision=PRECISION, out_dtype=ACC)
         m += BLOCK_M
-    _store(dk + _offset(u_y, u_x, dk_strides), dk_acc * (scale * 0.6931471805599453), u_in, D, BLOCK_D)
-    _store(dv + _offset(u_y, u_x, dv_strides), dv_acc, u_in, E, BLOCK_E)
+    store_rows(dk + _offset(u_y, u_x, dk_strides), dk_acc * (scale * 0.6931471805599453), u_in, D, BLOCK_D)
+    store_rows(dv + _offset(u_y, u_x, dv_strides), dv_acc, u_in, E, BLOCK_E)

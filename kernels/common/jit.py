@@ -1,6 +1,6 @@
 """Triton, imported at the first launch.
 
-An operator's file holds its Triton kernels beside its plain PyTorch forms, yet importing it must not import Triton:
+An operator's file holds its Triton kernels beside its PyTorch forms, yet importing it must not import Triton:
 that takes a second and is not installed everywhere. So kernel files take ``jit`` and ``tl`` from here::
 
     from __future__ import annotations  # keeps `BLOCK: tl.constexpr` a string until Triton reads it
@@ -54,7 +54,10 @@ jit = LazyKernel
 
 
 def load_kernels(scope: dict) -> None:
-    """Import Triton and turn the stand-ins in the globals of a kernel file into the real things."""
+    """Import Triton and turn the stand-ins in the globals of a kernel file into the real things.
+
+    Helpers that the file imports from others are turned there, so that each becomes one Triton function.
+    """
     import triton
     import triton.language
 
@@ -62,7 +65,13 @@ def load_kernels(scope: dict) -> None:
         if value is tl:
             scope[name] = triton.language
         elif isinstance(value, LazyKernel):
-            scope[name] = triton.jit(value.fn)
+            home = value.fn.__globals__
+            if home is scope:
+                scope[name] = triton.jit(value.fn)
+                continue
+            if home[value.fn.__name__] is value:
+                load_kernels(home)
+            scope[name] = home[value.fn.__name__]
 
 
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None  # does not import it

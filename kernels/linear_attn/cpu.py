@@ -23,7 +23,7 @@ def linear_attention_torch(
     residual: Tensor | None = None,
     gate: Tensor | None = None,
 ) -> Tensor:
-    """The fastest form known in plain PyTorch operators. Arguments as in ``linear_attention_reference``."""
+    """The fastest form known in operators of PyTorch. Arguments as in ``linear_attention_reference``."""
     if rotary is not None:
         rotary = precise(rotary[0]).to(precise(q).dtype), precise(rotary[1]).to(precise(q).dtype)
     arguments = (q, k, v, key_weights, residual, gate)

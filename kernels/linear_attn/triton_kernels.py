@@ -1,4 +1,4 @@
-"""The kernels that ``_linear_triton.py`` launches: one pass over keys and one over queries, forward and backward.
+"""The kernels that ``triton.py`` launches: one pass over keys and one over queries, forward and backward.
 
 Shapes: B batch, N queries, M keys, h heads, D features, V width of a value. Strides are those of B, N, h.
 Features are worked on as two halves, the even ones and the odd ones, so that a rotation of adjacent pairs needs no
@@ -211,11 +211,11 @@ def linear_queries_bwd(
         inside = (n < N)[:, None] & (d < D // 2)[None, :]
         inside_v = (n < N)[:, None] & (c < V)[None, :]
         raw_a, raw_b = _halves(q, n, d, q_strides[1], inside, ACC)
-        plain_a = tl.where(inside, _mapped(raw_a, MAP), 0.0)
-        plain_b = tl.where(inside, _mapped(raw_b, MAP), 0.0)
-        t = tl.sum(plain_a * even_sum[None, :] + plain_b * odd_sum[None, :], 1)
+        straight_a = tl.where(inside, _mapped(raw_a, MAP), 0.0)
+        straight_b = tl.where(inside, _mapped(raw_b, MAP), 0.0)
+        t = tl.sum(straight_a * even_sum[None, :] + straight_b * odd_sum[None, :], 1)
         factor, shift, slope, shift_slope = _coefficients(t, scale, eps, M, NORMALIZER)
-        a, b = plain_a, plain_b
+        a, b = straight_a, straight_b
         if ROTARY:
             cosine, sine = _angles(cos, sin, n, d, inside, D, ACC)
             a, b = _rotated(a, b, cosine, sine)
@@ -234,8 +234,8 @@ def linear_queries_bwd(
         g *= factor[:, None]
         deven += tl.dot(tl.trans(a), g, input_precision=PRECISION, out_dtype=ACC)
         dodd += tl.dot(tl.trans(b), g, input_precision=PRECISION, out_dtype=ACC)
-        deven_sum += tl.sum(plain_a * dt[:, None], 0)
-        dodd_sum += tl.sum(plain_b * dt[:, None], 0)
+        deven_sum += tl.sum(straight_a * dt[:, None], 0)
+        dodd_sum += tl.sum(straight_b * dt[:, None], 0)
         da = tl.dot(g, tl.trans(even), input_precision=PRECISION, out_dtype=ACC)
         db = tl.dot(g, tl.trans(odd), input_precision=PRECISION, out_dtype=ACC)
         if ROTARY:
@@ -269,7 +269,7 @@ def linear_keys_bwd(
     deven, dodd, deven_sum, dodd_sum = _load_sums(dstate, dkey_sum, program, d, c, D, V)
     da = tl.dot(x, tl.trans(deven), input_precision=PRECISION, out_dtype=ACC)
     db = tl.dot(x, tl.trans(dodd), input_precision=PRECISION, out_dtype=ACC)
-    plain_a, plain_b = a, b
+    straight_a, straight_b = a, b
     if ROTARY:
         cosine, sine = _angles(cos, sin, n, d, inside, D, ACC)
         a, b = _rotated(a, b, cosine, sine)
@@ -280,7 +280,7 @@ def linear_keys_bwd(
     dx += tl.dot(b, dodd, input_precision=PRECISION, out_dtype=ACC)
     at = (batch * M + row) * heads + head
     if WEIGHTED:
-        dw = tl.sum(plain_a * da + plain_b * db, 1)
+        dw = tl.sum(straight_a * da + straight_b * db, 1)
         tl.store(dweights + at, dw.to(dweights.dtype.element_ty), n < M)
         weights += batch * w_strides[0] + head * w_strides[2]
         w = tl.load(weights + row * w_strides[1], n < M, other=0.0).to(ACC)[:, None]

@@ -30,7 +30,7 @@ def neighborhood_attention_torch(
     is_causal: tuple[bool, ...],
     scale: float,
 ) -> Tensor:
-    """The fastest form known in plain PyTorch operators. Arguments as in :func:`neighborhood_attention`, per axis.
+    """The fastest form known in operators of PyTorch. Arguments as in :func:`neighborhood_attention`, per axis.
 
     Tiles of neighboring queries attend to all the keys that one of them sees, under a mask. See ``tiles.py``. Second
     derivatives without a trained bias need the reference.

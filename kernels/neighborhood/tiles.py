@@ -1,4 +1,4 @@
-"""Cutting a map into tiles of queries that share their keys, for neighborhood attention in plain PyTorch operators.
+"""Cutting a map into tiles of queries that share their keys, for neighborhood attention in operators of PyTorch.
 
 A tile of T successive ranks of an axis sees a span of at most T + K - 1 key ranks. The tiles of an axis form a few
 runs; those of a run are alike, so that one mask serves them all: the first tile, those within, the last. On a dilated

@@ -1,4 +1,4 @@
-"""The kernels that ``neighborhood_triton.py`` launches; its docstring says what they compute.
+"""The kernels that ``triton.py`` launches; its docstring says what they compute.
 
 Letters: n counts the ranks of a residue c (the positions c, c + dilation, ...), t is the rank of a query, u that of a
 key. A program has a tile of ranks of one residue per axis in one plane, so dilation moves no data, and walks over the
@@ -9,6 +9,7 @@ Strides are those of B, Z, Y, X, h.
 from __future__ import annotations
 
 from visionattn.kernels.common.jit import jit, tl
+from visionattn.kernels.common.rows import load_rows, store_rows
 
 
 @jit
@@ -114,18 +115,6 @@ def _offset(z, y, x, residue, dilation, strides):
 
 
 @jit
-def _load(pixels, exist, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    d = tl.arange(0, BLOCK_D)
-    return tl.load(pixels[:, None] + d[None, :], exist[:, None] & (d < D)[None, :], other=0.0)
-
-
-@jit
-def _store(pixels, rows, exist, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    d = tl.arange(0, BLOCK_D)
-    tl.store(pixels[:, None] + d[None, :], rows.to(pixels.dtype.element_ty), exist[:, None] & (d < D)[None, :])
-
-
-@jit
 def _logits(
     rows, columns, table, index, seen, scale, HAS_BIAS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
@@ -157,8 +146,8 @@ def _one_by_one(
             acc = tl.zeros([BLOCK_D], ACC)
             for i in range(WINDOW[0] * STEPS):
                 u_z, u_y, u_x, seen = _step(i, halo, WINDOW[2], STEPS, BLOCK_N)
-                keys = _load(k + _offset(u_z, u_y, u_x, residue, dilation, k_strides), seen, D, BLOCK_D)
-                values = _load(v + _offset(u_z, u_y, u_x, residue, dilation, v_strides), seen, D, BLOCK_D)
+                keys = load_rows(k + _offset(u_z, u_y, u_x, residue, dilation, k_strides), seen, D, BLOCK_D)
+                values = load_rows(v + _offset(u_z, u_y, u_x, residue, dilation, v_strides), seen, D, BLOCK_D)
                 logits = tl.sum(keys.to(ACC) * row.to(ACC)[None, :], 1) * scale
                 if HAS_BIAS:
                     index = _bias_index(u_z, u_y, u_x, WINDOW) - t_index
@@ -195,7 +184,7 @@ def neighborhood_fwd(
     row = b * out_strides[0] + head * out_strides[4]
     out += row
     pixel = _offset(first[0], t_y, t_x, residue, dilation, out_strides)
-    rows = _load(q + _offset(first[0], t_y, t_x, residue, dilation, q_strides), exist, D, BLOCK_D)
+    rows = load_rows(q + _offset(first[0], t_y, t_x, residue, dilation, q_strides), exist, D, BLOCK_D)
     table = _bias_table(bias, head, WINDOW)
     t_index = _bias_index(first[0], t_y, t_x, WINDOW)
     scale = tl.full([], scale, ACC) + tl.full([], scale_low, ACC)
@@ -204,8 +193,8 @@ def neighborhood_fwd(
     acc = tl.zeros([TILE[0] * TILE[1], BLOCK_D], ACC)
     for i in range(PLANES * STEPS):
         u_z, u_y, u_x, needed = _step(i, halo, PITCH, STEPS, BLOCK_N)
-        keys = _load(k + _offset(u_z, u_y, u_x, residue, dilation, k_strides), needed, D, BLOCK_D)
-        values = _load(v + _offset(u_z, u_y, u_x, residue, dilation, v_strides), needed, D, BLOCK_D)
+        keys = load_rows(k + _offset(u_z, u_y, u_x, residue, dilation, k_strides), needed, D, BLOCK_D)
+        values = load_rows(v + _offset(u_z, u_y, u_x, residue, dilation, v_strides), needed, D, BLOCK_D)
         seen = _seen(u_y[None, :], u_x[None, :], t_y[:, None], t_x[:, None], n, WINDOW, CAUSAL) & needed[None, :]
         index = _bias_index(u_z, u_y, u_x, WINDOW)[None, :] - t_index[:, None]
         logits = _logits(rows, keys, table, index, seen, scale, HAS_BIAS, ACC, PRECISION)
@@ -218,7 +207,7 @@ def neighborhood_fwd(
         top = new_top
     acc = acc / total[:, None]
     top += tl.log2(total)
-    _store(out + pixel, acc, exist, D, BLOCK_D)
+    store_rows(out + pixel, acc, exist, D, BLOCK_D)
     tl.store(lse + (row + pixel) // D, top, exist)
     # A probability of 0 times a NaN or Inf in v is NaN for all queries of the tile, also those that do not see it.
     if tl.max(tl.where((acc - acc == 0) | (exist == 0)[:, None], 0, 1)) > 0:
@@ -253,10 +242,10 @@ def neighborhood_bwd_dq(
     k += b * k_strides[0] + head * k_strides[4]
     v += b * v_strides[0] + head * v_strides[4]
     pixel = b * out_strides[0] + head * out_strides[4] + _offset(first[0], t_y, t_x, residue, dilation, out_strides)
-    grads = _load(grad, exist, D, BLOCK_D)
-    deltas = tl.sum(grads.to(ACC) * _load(out + pixel, exist, D, BLOCK_D).to(ACC), 1)
+    grads = load_rows(grad, exist, D, BLOCK_D)
+    deltas = tl.sum(grads.to(ACC) * load_rows(out + pixel, exist, D, BLOCK_D).to(ACC), 1)
     tl.store(delta + pixel // D, deltas, exist)
-    rows = _load(q, exist, D, BLOCK_D)
+    rows = load_rows(q, exist, D, BLOCK_D)
     log_sums = tl.load(lse + pixel // D, exist, other=0.0)
     table = _bias_table(bias, head, WINDOW)
     t_index = _bias_index(first[0], t_y, t_x, WINDOW)
@@ -275,8 +264,8 @@ def neighborhood_bwd_dq(
         sums = tl.zeros([BINS, BLOCK_N], ACC)
     for i in range(PLANES * STEPS):
         u_z, u_y, u_x, needed = _step(i, halo, PITCH, STEPS, BLOCK_N)
-        keys = _load(k + _offset(u_z, u_y, u_x, residue, dilation, k_strides), needed, D, BLOCK_D)
-        values = _load(v + _offset(u_z, u_y, u_x, residue, dilation, v_strides), needed, D, BLOCK_D)
+        keys = load_rows(k + _offset(u_z, u_y, u_x, residue, dilation, k_strides), needed, D, BLOCK_D)
+        values = load_rows(v + _offset(u_z, u_y, u_x, residue, dilation, v_strides), needed, D, BLOCK_D)
         seen = _seen(u_y[None, :], u_x[None, :], t_y[:, None], t_x[:, None], n, WINDOW, CAUSAL) & needed[None, :]
         index = _bias_index(u_z, u_y, u_x, WINDOW)[None, :] - t_index[:, None]
         logits = _logits(rows, keys, table, index, seen, scale, HAS_BIAS, ACC, PRECISION)
@@ -292,7 +281,7 @@ def neighborhood_bwd_dq(
                 if (i % STEPS == STEPS - 1) & (u_z <= halo[1][0]):
                     tl.store(part + (u_z - first[0] + WINDOW[0] - 1) * BINS * BLOCK_N, sums)
                     sums = tl.zeros([BINS, BLOCK_N], ACC)
-    _store(dq + pixel, acc * (scale * 0.6931471805599453), exist, D, BLOCK_D)
+    store_rows(dq + pixel, acc * (scale * 0.6931471805599453), exist, D, BLOCK_D)
     if BINS > 0:
         if WINDOW[0] == 1:
             tl.store(part, sums)
@@ -319,7 +308,7 @@ def neighborhood_bwd_dkv(
     k += b * k_strides[0] + head * k_strides[4] + _offset(first[0], u_y, u_x, residue, dilation, k_strides)
     v += b * v_strides[0] + head * v_strides[4] + _offset(first[0], u_y, u_x, residue, dilation, v_strides)
     out = b * out_strides[0] + head * out_strides[4]
-    keys, values = _load(k, exist, D, BLOCK_D), _load(v, exist, D, BLOCK_D)
+    keys, values = load_rows(k, exist, D, BLOCK_D), load_rows(v, exist, D, BLOCK_D)
     table = _bias_table(bias, head, WINDOW)
     u_index = _bias_index(first[0], u_y, u_x, WINDOW)
     scale = tl.full([], scale, ACC) + tl.full([], scale_low, ACC)
@@ -327,8 +316,8 @@ def neighborhood_bwd_dkv(
     acc_v = tl.zeros([TILE[0] * TILE[1], BLOCK_D], ACC)
     for i in range(PLANES * STEPS):
         t_z, t_y, t_x, needed = _step(i, halo, PITCH, STEPS, BLOCK_N)
-        rows = _load(q + _offset(t_z, t_y, t_x, residue, dilation, q_strides), needed, D, BLOCK_D)
-        grads = _load(grad + _offset(t_z, t_y, t_x, residue, dilation, grad_strides), needed, D, BLOCK_D)
+        rows = load_rows(q + _offset(t_z, t_y, t_x, residue, dilation, q_strides), needed, D, BLOCK_D)
+        grads = load_rows(grad + _offset(t_z, t_y, t_x, residue, dilation, grad_strides), needed, D, BLOCK_D)
         row = (out + _offset(t_z, t_y, t_x, residue, dilation, out_strides)) // D
         log_sums = tl.load(lse + row, needed, other=0.0)
         deltas = tl.load(delta + row, needed, other=0.0)
@@ -341,5 +330,5 @@ def neighborhood_bwd_dkv(
         ds = tl.where(seen, p * (dp - deltas[None, :]), 0.0).to(rows.dtype)
         acc_k += tl.dot(ds, rows, input_precision=PRECISION, out_dtype=ACC)
     pixel = out + _offset(first[0], u_y, u_x, residue, dilation, out_strides)
-    _store(dk + pixel, acc_k * (scale * 0.6931471805599453), exist, D, BLOCK_D)
-    _store(dv + pixel, acc_v, exist, D, BLOCK_D)
+    store_rows(dk + pixel, acc_k * (scale * 0.6931471805599453), exist, D, BLOCK_D)
+    store_rows(dv + pixel, acc_v, exist, D, BLOCK_D)

@@ -262,7 +262,7 @@ def window_attention_torch(
     masked: float,
     scale: float,
 ) -> Tensor:
-    """The fastest form known in plain PyTorch operators. Arguments as in ``window_attention_reference``."""
+    """The fastest form known in operators of PyTorch. Arguments as in ``window_attention_reference``."""
     arguments = (qkv, list(window_size), list(shift), bias, padding, masked, scale)
     if covers(qkv, bias, padding):
         return _window_attention_eager(*arguments)

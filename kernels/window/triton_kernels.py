@@ -1,4 +1,4 @@
-"""The kernels that ``window_triton.py`` launches; its docstring says what they compute.
+"""The kernels that ``triton.py`` launches; its docstring says what they compute.
 
 A window is a number of images, rows and columns of windows; its slots are numbered row by row. Shift, borders and
 padding are arithmetic on slots: nothing is moved. Strides are those of B, H, W, (part,) h.
@@ -7,6 +7,7 @@ padding are arithmetic on slots: nothing is moved. Strides are those of B, H, W,
 from __future__ import annotations
 
 from visionattn.kernels.common.jit import jit, tl
+from visionattn.kernels.common.rows import load_rows, store_rows
 
 
 @jit
@@ -53,26 +54,14 @@ def _number(corner, tokens, shape):
 
 
 @jit
-def _load(rows, exist, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    d = tl.arange(0, BLOCK_D)
-    return tl.load(rows[:, None] + d[None, :], exist[:, None] & (d < D)[None, :], other=0.0)
-
-
-@jit
 def _load_padded(rows, exist, slots, token, D: tl.constexpr, BLOCK_D: tl.constexpr, HAS_PADDING: tl.constexpr):
     """Rows of keys or values, ``token`` for those beyond the map."""
-    x = _load(rows, exist, D, BLOCK_D)
+    x = load_rows(rows, exist, D, BLOCK_D)
     if HAS_PADDING:
         d = tl.arange(0, BLOCK_D)
         beyond = slots[2] & (exist == 0)
         x = tl.where(beyond[:, None], tl.load(token + d, d < D, other=0.0)[None, :], x)
     return x
-
-
-@jit
-def _store(rows, x, exist, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    d = tl.arange(0, BLOCK_D)
-    tl.store(rows[:, None] + d[None, :], x.to(rows.dtype.element_ty), exist[:, None] & (d < D)[None, :])
 
 
 @jit
@@ -144,7 +133,7 @@ def window_fwd(
         live = window < total
         corner = _corner(window, windows)
         t = _tokens(queries, corner, live, shape, windows, WINDOW, SHIFT)
-        rows = _load(qkv + _offset(corner, t, qkv_strides), t[2], D, BLOCK_D)
+        rows = load_rows(qkv + _offset(corner, t, qkv_strides), t[2], D, BLOCK_D)
         top = tl.full([BLOCK_M], float("-inf"), ACC)
         sums = tl.zeros([BLOCK_M], ACC)
         acc = tl.zeros([BLOCK_M, BLOCK_D], ACC)
@@ -165,7 +154,7 @@ def window_fwd(
             sums = sums * decay + tl.sum(p, 1)
             top = new_top
         pixel = _number(corner, t, shape) * heads + head
-        _store(out + pixel * D, acc / sums[:, None], t[2], D, BLOCK_D)
+        store_rows(out + pixel * D, acc / sums[:, None], t[2], D, BLOCK_D)
         tl.store(lse + pixel, top + tl.log2(sums), t[2])
 
 
@@ -200,10 +189,10 @@ def window_bwd(
         corner = _corner(window, windows)
         t = _tokens(slots, corner, live, shape, windows, WINDOW, SHIFT)
         place = qkv + _offset(corner, t, qkv_strides)
-        q = _load(place, t[2], D, BLOCK_D)
+        q = load_rows(place, t[2], D, BLOCK_D)
         k = _load_padded(place + qkv_strides[3], t[2], slots, k_token, D, BLOCK_D, HAS_PADDING)
         v = _load_padded(place + 2 * qkv_strides[3], t[2], slots, v_token, D, BLOCK_D, HAS_PADDING)
-        do = _load(grad + _offset(corner, t, grad_strides), t[2], D, BLOCK_D)
+        do = load_rows(grad + _offset(corner, t, grad_strides), t[2], D, BLOCK_D)
         number = _number(corner, t, shape)
         log_sums = tl.load(lse + number * heads + head, t[2], other=0.0)
         tile = _added(added, 0, 0, head, slots, HAS_BIAS, SIDE, BLOCK_M, BLOCK_M, ACC)
@@ -218,9 +207,9 @@ def window_bwd(
         dq = tl.dot(ds, k, input_precision=PRECISION, out_dtype=ACC) * (scale * 0.6931471805599453)
         dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION, out_dtype=ACC) * (scale * 0.6931471805599453)
         place = dqkv + (number * 3 * heads + head) * D
-        _store(place, dq, t[2], D, BLOCK_D)
-        _store(place + heads * D, dk, t[2], D, BLOCK_D)
-        _store(place + 2 * heads * D, dv, t[2], D, BLOCK_D)
+        store_rows(place, dq, t[2], D, BLOCK_D)
+        store_rows(place + heads * D, dk, t[2], D, BLOCK_D)
+        store_rows(place + 2 * heads * D, dv, t[2], D, BLOCK_D)
         if HAS_PADDING:
             beyond = (slots[2] & (t[2] == 0) & (slots[0] < tl.where(live, WINDOW[0], 0)))[:, None]
             k_sums += tl.sum(tl.where(beyond, dk, 0.0), 0)
@@ -268,9 +257,9 @@ def window_bwd_dq(
     t = _tokens(queries, corner, live, shape, windows, WINDOW, SHIFT)
     number = _number(corner, t, shape)
     pixel = number * heads + head
-    do = _load(grad + head * grad_strides[3] + _offset(corner, t, grad_strides), t[2], D, BLOCK_D)
-    q = _load(qkv + _offset(corner, t, qkv_strides), t[2], D, BLOCK_D)
-    deltas = tl.sum(do.to(ACC) * _load(out + pixel * D, t[2], D, BLOCK_D).to(ACC), 1)
+    do = load_rows(grad + head * grad_strides[3] + _offset(corner, t, grad_strides), t[2], D, BLOCK_D)
+    q = load_rows(qkv + _offset(corner, t, qkv_strides), t[2], D, BLOCK_D)
+    deltas = tl.sum(do.to(ACC) * load_rows(out + pixel * D, t[2], D, BLOCK_D).to(ACC), 1)
     tl.store(delta + pixel, deltas, t[2])
     log_sums = tl.load(lse + pixel, t[2], other=0.0)
     scale = tl.full([], scale, ACC) + tl.full([], scale_low, ACC)
@@ -285,7 +274,7 @@ def window_bwd_dq(
         tile = _added(added, m, first, head, keys, HAS_BIAS, SIDE, BLOCK_M, BLOCK_N, ACC)
         _, ds = _ds(q, k, v, do, log_sums, deltas, tile, t, u, scale, masked, SHIFT, ACC, PRECISION)
         dq += tl.dot(ds.to(k.dtype), k, input_precision=PRECISION, out_dtype=ACC)
-    _store(dqkv + (number * 3 * heads + head) * D, dq * (scale * 0.6931471805599453), t[2], D, BLOCK_D)
+    store_rows(dqkv + (number * 3 * heads + head) * D, dq * (scale * 0.6931471805599453), t[2], D, BLOCK_D)
 
 
 @jit
@@ -337,8 +326,8 @@ def window_bwd_dkv(
         k = _load_padded(place + qkv_strides[3], u[2], keys, k_token, D, BLOCK_D, HAS_PADDING)
         v = _load_padded(place + 2 * qkv_strides[3], u[2], keys, v_token, D, BLOCK_D, HAS_PADDING)
         t = _tokens(queries, corner, live, shape, windows, WINDOW, SHIFT)
-        q = _load(qkv + _offset(corner, t, qkv_strides), t[2], D, BLOCK_D)
-        do = _load(grad + _offset(corner, t, grad_strides), t[2], D, BLOCK_D)
+        q = load_rows(qkv + _offset(corner, t, qkv_strides), t[2], D, BLOCK_D)
+        do = load_rows(grad + _offset(corner, t, grad_strides), t[2], D, BLOCK_D)
         pixel = _number(corner, t, shape) * heads + head
         log_sums = tl.load(lse + pixel, t[2], other=0.0)
         deltas = tl.load(delta + pixel, t[2], other=0.0)
@@ -357,8 +346,8 @@ def window_bwd_dkv(
         corner = _corner(window, windows)
         u = _tokens(keys, corner, window < total, shape, windows, WINDOW, SHIFT)
         place = dqkv + ((_number(corner, u, shape) * 3 + 1) * heads + head) * D
-        _store(place, dk, u[2], D, BLOCK_D)
-        _store(place + heads * D, dv, u[2], D, BLOCK_D)
+        store_rows(place, dk, u[2], D, BLOCK_D)
+        store_rows(place + heads * D, dv, u[2], D, BLOCK_D)
         if HAS_PADDING:
             d = tl.arange(0, BLOCK_D)
             beyond = (keys[2] & (u[2] == 0))[:, None]

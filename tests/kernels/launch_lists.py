@@ -28,17 +28,19 @@ def functions(module: ModuleType) -> list[ast.FunctionDef]:
 
 def launched() -> set[tuple[str, str]]:
     """Module and name of every kernel that is launched: of every ``@jit`` function that no other one calls."""
-    found = set()
+    found, called = set(), set()
     for module in modules():
-        own = functions(module)
-        called = {
-            node.func.id
-            for function in own
-            for node in ast.walk(function)
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
-        }
-        found |= {(module.__name__, function.name) for function in own if function.name not in called}
-    return found
+        for function in functions(module):
+            found.add((module.__name__, function.name))
+            calls = [node.func for node in ast.walk(function) if isinstance(node, ast.Call)]
+            called |= {resolved(module, node.id) for node in calls if isinstance(node, ast.Name)}
+    return found - called
+
+
+def resolved(module: ModuleType, name: str) -> tuple[str, str]:
+    """Where a name that a module uses is defined."""
+    function = getattr(vars(module).get(name), "fn", None)
+    return getattr(function, "__module__", module.__name__), name
 
 
 def lists() -> dict[str, Callable[[torch.dtype, bool], Iterator[Launch]]]:
