@@ -5,13 +5,14 @@ import sys
 from pathlib import Path
 from typing import Literal
 
+from visionattn.errors import amount, one_line
 from visionattn.weights import checkpoints, link
 from visionattn.weights.commands.publish import push as push_checkpoint
 from visionattn.weights.commands.table import COLUMNS, cells, find, markdown
 from visionattn.weights.commands.translate import add as add_file
 from visionattn.weights.commands.translate import convert as convert_file
 from visionattn.weights.commands.verify import verify as verify_file
-from visionattn.weights.errors import WeightsError, amount, one_line
+from visionattn.weights.errors import WeightsError
 from visionattn.weights.locate import added_file, weights_file
 from visionattn.weights.options import settings
 

@@ -3,10 +3,11 @@
 import timm
 import torch
 
+from visionattn.errors import one_line
 from visionattn.weights import checkpoints
+from visionattn.weights.card import read_metadata
 from visionattn.weights.download import sha256_of
-from visionattn.weights.errors import WeightsError, one_line
-from visionattn.weights.load import read_metadata
+from visionattn.weights.errors import WeightsError
 from visionattn.weights.locate import added_file, weights_file
 
 __all__ = ["verify"]

@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 import visionattn  # noqa: F401
 from tests.parity import fixture_weights, load_fixture
 from visionattn.weights import WeightsError, checkpoints
+from visionattn.weights.card import read_metadata
 from visionattn.weights.commands.translate import add, convert, detect
 from visionattn.weights.commands.verify import verify
-from visionattn.weights.load import read_metadata
 from visionattn.weights.locate import added_file
 
 
