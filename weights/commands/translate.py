@@ -22,11 +22,11 @@ from visionattn.weights.load import classifiers
 from visionattn.weights.locate import added_file, cache_name, first_url
 from visionattn.weights.read import bare, read_weights
 
-__all__ = ["Conversion", "add", "convert", "detect"]
+__all__ = ["Translation", "add", "detect", "translate", "translated"]
 
 
 @dataclass
-class Conversion:
+class Translation:
     """A file under our names, and what became of its tensors.
 
     Args:
@@ -68,7 +68,7 @@ def _model(name: str) -> nn.Module:
     return timm.create_model(name, device="meta")
 
 
-def _converted(name: str, state: dict[str, Tensor]) -> Conversion:
+def translated(name: str, state: dict[str, Tensor]) -> Translation:
     """``state`` as the registered model ``name`` takes it.
 
     Args:
@@ -88,7 +88,7 @@ def _converted(name: str, state: dict[str, Tensor]) -> Conversion:
     kept = {id(value) for value in result.values()}
     counted = [key for key in own if not key.endswith("num_batches_tracked")]
     optional = () if weights or not heads else heads
-    return Conversion(
+    return Translation(
         name=name,
         state=result,
         num_classes=len(weights[0]) if weights else 0,
@@ -118,7 +118,7 @@ def detect(state: dict[str, Tensor], file_name: str = "") -> str:
         if published and not 0.5 < published * 1e6 / max(count, 1) < 2.0:
             continue
         try:
-            result = _converted(name, shadow)
+            result = translated(name, shadow)
         except Exception:  # the rules of another family may not survive these names and shapes
             continue
         if result.fits:
@@ -139,7 +139,7 @@ def detect(state: dict[str, Tensor], file_name: str = "") -> str:
     return names[0]
 
 
-def convert(source: str | Path, target: str | Path | None = None, model: str | None = None) -> Conversion:
+def translate(source: str | Path, target: str | Path | None = None, model: str | None = None) -> Translation:
     """Read a checkpoint, rename its tensors, and write them as safetensors.
 
     Args:
@@ -161,7 +161,7 @@ def convert(source: str | Path, target: str | Path | None = None, model: str | N
     arch, tag = split_model_name_tag(model)
     if arch not in visionattn.list_models():
         raise WeightsError(f"{arch} is no model of ours: visionattn.list_models() names them")
-    result = _converted(arch, state)
+    result = translated(arch, state)
     result.name = model
     if not result.fits:
         raise WeightsError(f"{source} does not fit {arch} completely: {'; '.join(result.lines())}. Nothing was written")
@@ -173,12 +173,12 @@ def convert(source: str | Path, target: str | Path | None = None, model: str | N
     return result
 
 
-def add(name: str, file: str | Path) -> Conversion:
+def add(name: str, file: str | Path) -> Translation:
     """Make a local file the weights of ``name``, so that ``timm.create_model(name, pretrained=True)`` loads them.
 
     Args:
         name: ``arch.tag``; a tag of the manifest, or a new one.
-        file: A checkpoint; it is converted and kept beside the downloads.
+        file: A checkpoint; it is translated and kept beside the downloads.
 
     Raises:
         WeightsError: If the name has no tag, the file is not the published one, or it does not fit.
@@ -189,4 +189,4 @@ def add(name: str, file: str | Path) -> Conversion:
     expected = checkpoints().get(name, {}).get("sha256")
     if expected and Path(file).is_file() and (digest := sha256_of(file)) != expected:
         raise WeightsError(f"{file} has SHA-256 {digest}, the published {name} has {expected}: use another tag")
-    return convert(file, added_file(name), name)
+    return translate(file, added_file(name), name)

@@ -32,7 +32,7 @@ def verify(name: str, forward: bool = True) -> dict[str, str]:
         return {"file": "not on this machine"}
     digest, row = sha256_of(path), checkpoints().get(name, {})
     found = digest
-    if path == added_file(name):  # converted: the manifest has the hash of the original
+    if path == added_file(name):  # translated: the manifest has the hash of the original
         found = (read_metadata(path) or {}).get("source_sha256", digest)
     expected = row.get("sha256")
     state = "no published hash" if not expected else "matches" if found == expected else "DIFFERS"
