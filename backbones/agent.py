@@ -14,6 +14,7 @@ from visionattn.hosts import PVT, CSwin, DeiT, Swin
 from visionattn.hosts.parts import Host
 from visionattn.hosts.release import checkpoint_filter_fn
 from visionattn.weights import pretrained_cfgs
+from visionattn.weights.families import declare_filter
 
 __all__ = ["checkpoint_filter_fn"]
 
@@ -33,6 +34,7 @@ CSWIN_T = dict(AGENTS, embed_dim=64, depths=(2, 4, 18, 1), num_heads=(2, 4, 8, 1
 CSWIN_S = dict(AGENTS, embed_dim=64, depths=(3, 6, 29, 2), num_heads=(2, 4, 8, 16), mixer_depths=(None, None, 0, 0))
 CSWIN_B = dict(AGENTS, embed_dim=96, depths=(3, 6, 29, 2), num_heads=(4, 8, 16, 32), mixer_depths=(None, None, 0, 0))
 
+declare_filter("agent", checkpoint_filter_fn)
 default_cfgs = generate_default_cfgs(pretrained_cfgs("agent", first_conv="stem.proj", classifier="head.fc"))
 
 
@@ -58,7 +60,7 @@ def _create(
         given = args.get("mixer_args") or {}
         given = [given] * stages if isinstance(given, Mapping) else given
         args["mixer_args"] = [dict(a, agent_shape=shape) for a, shape in zip(given, agent_shapes, strict=True)]
-    return build_backbone(cls, variant, pretrained, checkpoint_filter_fn, **args)
+    return build_backbone(cls, variant, pretrained, **args)
 
 
 @register_model

@@ -19,6 +19,7 @@ from visionattn.frames.isotropic import Isotropic
 from visionattn.layers.blocks import PreNormBlock
 from visionattn.layers.patch_embed import PatchEmbed, resize_position_embedding
 from visionattn.weights import pretrained_cfgs
+from visionattn.weights.families import declare_filter
 
 __all__ = ["AnyViT"]
 
@@ -102,11 +103,12 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     return resize_position_embedding(state_dict, model.stem)
 
 
+declare_filter("anyvit", checkpoint_filter_fn)
 default_cfgs = generate_default_cfgs(pretrained_cfgs("anyvit", first_conv="stem.proj", classifier="head.fc"))
 
 
 def _create_anyvit(variant: str, pretrained: bool = False, **kwargs) -> AnyViT:
-    return build_backbone(AnyViT, variant, pretrained, checkpoint_filter_fn, **kwargs)
+    return build_backbone(AnyViT, variant, pretrained, **kwargs)
 
 
 @register_model

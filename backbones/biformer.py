@@ -18,6 +18,7 @@ from visionattn.attention import BiLevelRoutingAttention, LePEAttention
 from visionattn.frames.backbone import Pyramid, Stage, build_backbone
 from visionattn.layers.blocks import DepthwiseConv, PreNormBlock, ScaledResidual, to_channels_last
 from visionattn.weights import pretrained_cfgs
+from visionattn.weights.families import declare_filter
 from visionattn.weights.rename import rename_checkpoint
 
 __all__ = ["BiFormer"]
@@ -261,11 +262,12 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     return {name: value.flatten(1) if name.endswith(matrices) else value for name, value in renamed.items()}
 
 
+declare_filter("biformer", checkpoint_filter_fn)
 default_cfgs = generate_default_cfgs(pretrained_cfgs("biformer", first_conv="stem.proj.0", classifier="head.fc"))
 
 
 def _create_biformer(variant: str, pretrained: bool = False, **kwargs) -> BiFormer:
-    return build_backbone(BiFormer, variant, pretrained, checkpoint_filter_fn, **kwargs)
+    return build_backbone(BiFormer, variant, pretrained, **kwargs)
 
 
 @register_model

@@ -13,6 +13,7 @@ from visionattn.backbones.nat import EPS, NAT, checkpoint_filter_fn, create
 from visionattn.hosts.parts import StridedConv, norm_factory
 from visionattn.hosts.swin import PatchMerging
 from visionattn.weights import pretrained_cfgs
+from visionattn.weights.families import declare_filter
 
 __all__ = ["DiNAT", "DiNATs", "checkpoint_filter_fn"]
 
@@ -35,6 +36,8 @@ class DiNATs(NAT):
     downsampler = staticmethod(partial(PatchMerging, norm=NORM))
 
 
+declare_filter("dinat", checkpoint_filter_fn)
+declare_filter("dinat_s", checkpoint_filter_fn)
 default_cfgs = generate_default_cfgs(
     pretrained_cfgs("dinat", first_conv="stem.proj.0", classifier="head.fc")
     | pretrained_cfgs("dinat_s", first_conv="stem.proj", classifier="head.fc")

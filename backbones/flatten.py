@@ -12,6 +12,7 @@ from visionattn.hosts import PVT, CSwin, PVTv2, Swin
 from visionattn.hosts.parts import Host
 from visionattn.hosts.release import checkpoint_filter_fn
 from visionattn.weights import pretrained_cfgs
+from visionattn.weights.families import declare_filter
 
 __all__ = ["checkpoint_filter_fn"]
 
@@ -32,11 +33,12 @@ CSWIN_T = dict(FOCUSED, embed_dim=64, depths=(2, 4, 18, 1), num_heads=(2, 4, 8, 
 CSWIN_S = dict(FOCUSED, embed_dim=64, depths=(2, 4, 32, 2), num_heads=(2, 4, 8, 16), mixer_depths=(None, None, 0, 0))
 CSWIN_B = dict(FOCUSED, embed_dim=96, depths=(3, 6, 29, 2), num_heads=(4, 8, 16, 32), mixer_depths=(None, None, 0, 0))
 
+declare_filter("flatten", checkpoint_filter_fn)
 default_cfgs = generate_default_cfgs(pretrained_cfgs("flatten", first_conv="stem.proj", classifier="head.fc"))
 
 
 def _create(cls: type[Host], variant: str, pretrained: bool, model_args: dict, **kwargs) -> Host:
-    return build_backbone(cls, variant, pretrained, checkpoint_filter_fn, **dict(model_args, **kwargs))
+    return build_backbone(cls, variant, pretrained, **dict(model_args, **kwargs))
 
 
 @register_model

@@ -17,6 +17,7 @@ from visionattn.frames.backbone import Pyramid, Stage, build_backbone, update_mo
 from visionattn.layers.blocks import PreNormBlock
 from visionattn.layers.patch_embed import PatchEmbed, resize_position_embedding
 from visionattn.weights import pretrained_cfgs
+from visionattn.weights.families import declare_filter
 from visionattn.weights.rename import rename_checkpoint
 
 __all__ = ["Flowformer"]
@@ -119,10 +120,11 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     return resize_position_embedding(rename_checkpoint(state_dict, rules), model.stem)
 
 
+declare_filter("flowformer", checkpoint_filter_fn)
 default_cfgs = generate_default_cfgs(pretrained_cfgs("flowformer", first_conv="stem.proj", classifier="head.fc"))
 
 
 @register_model
 def flowformer(pretrained: bool = False, **kwargs) -> Flowformer:
     model_args = dict(embed_dims=(96, 192, 384, 768), depths=(3, 3, 10, 3))
-    return build_backbone(Flowformer, "flowformer", pretrained, checkpoint_filter_fn, **dict(model_args, **kwargs))
+    return build_backbone(Flowformer, "flowformer", pretrained, **dict(model_args, **kwargs))

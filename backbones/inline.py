@@ -12,6 +12,7 @@ from visionattn.hosts import PVT, CSwin, DeiT, Swin
 from visionattn.hosts.parts import Host
 from visionattn.hosts.release import checkpoint_filter_fn
 from visionattn.weights import pretrained_cfgs
+from visionattn.weights.families import declare_filter
 
 __all__ = ["checkpoint_filter_fn"]
 
@@ -30,11 +31,12 @@ CSWIN_T = dict(INLINE, embed_dim=64, depths=(2, 4, 18, 1), num_heads=(2, 4, 8, 1
 CSWIN_S = dict(INLINE, embed_dim=64, depths=(3, 6, 29, 2), num_heads=(2, 4, 8, 16), mixer_depths=(None, None, 0, 0))
 CSWIN_B = dict(INLINE, embed_dim=96, depths=(3, 6, 29, 2), num_heads=(4, 8, 16, 32), mixer_depths=(None, None, 0, 0))
 
+declare_filter("inline", checkpoint_filter_fn)
 default_cfgs = generate_default_cfgs(pretrained_cfgs("inline", first_conv="stem.proj", classifier="head.fc"))
 
 
 def _create(cls: type[Host], variant: str, pretrained: bool, model_args: dict, **kwargs) -> Host:
-    return build_backbone(cls, variant, pretrained, checkpoint_filter_fn, **dict(model_args, **kwargs))
+    return build_backbone(cls, variant, pretrained, **dict(model_args, **kwargs))
 
 
 @register_model

@@ -18,6 +18,7 @@ from visionattn.frames.backbone import Pyramid, Stage, build_backbone
 from visionattn.layers.blocks import DepthwiseConv, Mlp, ScaledResidual, pad_to_multiple
 from visionattn.layers.token_merging import DeformableTokenMerging
 from visionattn.weights import pretrained_cfgs
+from visionattn.weights.families import declare_filter
 from visionattn.weights.rename import rename_checkpoint
 
 __all__ = ["LITv2"]
@@ -200,11 +201,12 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     return state_dict
 
 
+declare_filter("litv2", checkpoint_filter_fn)
 default_cfgs = generate_default_cfgs(pretrained_cfgs("litv2", first_conv="stem.proj", classifier="head.fc"))
 
 
 def _create_litv2(variant: str, pretrained: bool = False, **kwargs) -> LITv2:
-    return build_backbone(LITv2, variant, pretrained, checkpoint_filter_fn, **kwargs)
+    return build_backbone(LITv2, variant, pretrained, **kwargs)
 
 
 @register_model

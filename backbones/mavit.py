@@ -9,9 +9,11 @@ from timm.models import generate_default_cfgs, register_model
 
 from visionattn.backbones.ravlt import BASE, LARGE, RAVLT, SMALL, TINY, checkpoint_filter_fn, create
 from visionattn.weights import pretrained_cfgs
+from visionattn.weights.families import declare_filter
 
 __all__ = ["checkpoint_filter_fn"]
 
+declare_filter("mavit", checkpoint_filter_fn)
 default_cfgs = generate_default_cfgs(pretrained_cfgs("mavit", first_conv="stem.proj.0", classifier="head.fc"))
 
 MALA = dict(mixers=("mala", "mala", "softmax", "softmax"), head_width=2048)

@@ -16,6 +16,7 @@ from visionattn.attention import NeighborhoodAttention
 from visionattn.frames.backbone import Pyramid, Stage, build_backbone
 from visionattn.layers.blocks import Mlp, ScaledResidual, to_channels_last
 from visionattn.weights import pretrained_cfgs
+from visionattn.weights.families import declare_filter
 from visionattn.weights.rename import rename_checkpoint, resize_axes
 
 __all__ = ["NAT"]
@@ -212,12 +213,13 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     return state_dict
 
 
+declare_filter("nat", checkpoint_filter_fn)
 default_cfgs = generate_default_cfgs(pretrained_cfgs("nat", first_conv="stem.proj.0", classifier="head.fc"))
 
 
 def create(cls: type[NAT], variant: str, pretrained: bool = False, **kwargs) -> NAT:
     """Build a registered model of this family or one of its relatives."""
-    return build_backbone(cls, variant, pretrained, checkpoint_filter_fn, **kwargs)
+    return build_backbone(cls, variant, pretrained, **kwargs)
 
 
 @register_model

@@ -26,6 +26,7 @@ from visionattn.frames.backbone import Pyramid, Stage, build_backbone
 from visionattn.kernels import autocasting
 from visionattn.layers.blocks import Linear, ScaledResidual, in_slices, to_channels_last
 from visionattn.weights import pretrained_cfgs
+from visionattn.weights.families import declare_filter
 from visionattn.weights.rename import rename_checkpoint
 
 __all__ = ["RAVLT"]
@@ -309,6 +310,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     }
 
 
+declare_filter("ravlt", checkpoint_filter_fn)
 default_cfgs = generate_default_cfgs(pretrained_cfgs("ravlt", first_conv="stem.proj.0", classifier="head.fc"))
 
 # Of RAVLT and MAViT alike.
@@ -322,7 +324,7 @@ LARGE["layer_scales"] = (1e-6, 1e-6, 1e-6, 1e-6)
 
 def create(variant: str, pretrained: bool = False, **kwargs) -> RAVLT:
     """Build a registered model of this family or of MAViT."""
-    return build_backbone(RAVLT, variant, pretrained, checkpoint_filter_fn, **kwargs)
+    return build_backbone(RAVLT, variant, pretrained, **kwargs)
 
 
 @register_model

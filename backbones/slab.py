@@ -12,6 +12,7 @@ from visionattn.hosts import PVT, CSwin, DeiT, DeiTGrid, Swin
 from visionattn.hosts.parts import Host
 from visionattn.hosts.release import checkpoint_filter_fn
 from visionattn.weights import pretrained_cfgs
+from visionattn.weights.families import declare_filter
 
 __all__ = ["checkpoint_filter_fn"]
 
@@ -39,11 +40,12 @@ SOFTMAX_DEIT_S = dict(norm_layer="prepbn", norm_args=LONG, embed_dim=384, num_he
 SOFTMAX_PVT = dict(norm_layer="prepbn", norm_args=LONG)
 SOFTMAX_SWIN_T = dict(norm_layer="repbn", embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24))
 
+declare_filter("slab", checkpoint_filter_fn)
 default_cfgs = generate_default_cfgs(pretrained_cfgs("slab", first_conv="stem.proj", classifier="head.fc"))
 
 
 def _create(cls: type[Host], variant: str, pretrained: bool, model_args: dict, **kwargs) -> Host:
-    return build_backbone(cls, variant, pretrained, checkpoint_filter_fn, **dict(model_args, **kwargs))
+    return build_backbone(cls, variant, pretrained, **dict(model_args, **kwargs))
 
 
 @register_model

@@ -17,6 +17,7 @@ from visionattn.attention import LargeKernelAttention
 from visionattn.frames.backbone import Pyramid, Stage, build_backbone
 from visionattn.layers.blocks import ScaledResidual, in_slices, to_channels_last
 from visionattn.weights import pretrained_cfgs
+from visionattn.weights.families import declare_filter
 from visionattn.weights.rename import rename_checkpoint
 
 __all__ = ["VAN"]
@@ -174,11 +175,12 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     return rename_checkpoint(state_dict, rules)
 
 
+declare_filter("van", checkpoint_filter_fn)
 default_cfgs = generate_default_cfgs(pretrained_cfgs("van", first_conv="stem.proj", classifier="head.fc"))
 
 
 def _create_van(variant: str, pretrained: bool = False, **kwargs) -> VAN:
-    return build_backbone(VAN, variant, pretrained, checkpoint_filter_fn, **kwargs)
+    return build_backbone(VAN, variant, pretrained, **kwargs)
 
 
 @register_model

@@ -7,7 +7,8 @@ from torch import nn
 
 import visionattn  # noqa: F401  (registers our models)
 from tests.parity import fixture_image, fixture_weights, load_fixture, relative_error
-from visionattn.features import FeatureBackbone, FPNBackbone, prefixed, release_filter
+from visionattn.features import FeatureBackbone, FPNBackbone, prefixed
+from visionattn.weights.families import release_filter
 
 TINY = {
     "van_b0": dict(embed_dims=(8, 16, 16, 24), depths=(1, 1, 1, 1), mlp_ratios=(2, 2, 2, 2)),
@@ -138,7 +139,7 @@ def test_the_pyramid_has_what_torchvision_s_detectors_read(extra, levels):
 
 
 def test_a_detector_on_a_shared_body_loads_with_its_norms():
-    """The conversion lies beside the registered function, not beside the class, which several families share."""
+    """The family is that of the registered name, not of the class, which several families share."""
     arguments = dict(embed_dim=32, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 4), output_norm=True)
     source, target = (FeatureBackbone("agent_swin_t", **arguments) for _ in range(2))
     fixture = load_fixture("agent/agent_swin_t")

@@ -21,7 +21,7 @@ from visionattn.attention import (
     WindowAttention,
 )
 from visionattn.hosts import PVT, CSwin, DeiT, DeiTGrid, PVTv2, Swin
-from visionattn.hosts.release import _fit, checkpoint_filter_fn
+from visionattn.hosts.release import checkpoint_filter_fn, fit_table
 from visionattn.kernels import agent
 from visionattn.layers.norms import PRepBN
 
@@ -484,10 +484,10 @@ def test_checkpoint_of_another_image_size_loads(host, mixer):
 
 def test_tables_of_another_image_size_are_interpolated_as_the_authors_do():
     old, new = (AgentAttention(4, 2, 4, input_size=(n, n)) for n in (4, 6))
-    rows = _fit("x.ah_bias", old.ah_bias.detach(), new.ah_bias)
+    rows = fit_table("x.ah_bias", old.ah_bias.detach(), new.ah_bias)
     expected = F.interpolate(old.ah_bias.detach().view(1, 8, 4), size=6, mode="linear").view(1, 2, 4, 6, 1)
     torch.testing.assert_close(rows, expected)
-    tokens = _fit("x.wa_bias", old.wa_bias.detach(), new.wa_bias)
+    tokens = fit_table("x.wa_bias", old.wa_bias.detach(), new.wa_bias)
     torch.testing.assert_close(
         tokens, F.interpolate(old.wa_bias.detach()[0, :, 0].mT, size=6, mode="linear").mT[None, :, None]
     )

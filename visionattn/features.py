@@ -6,9 +6,8 @@ form in which torchvision's detectors take a backbone.
 """
 
 import re
-import sys
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import timm
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
+from visionattn.weights.families import release_filter
 from visionattn.weights.rename import unwrap
 
 __all__ = ["FPNBackbone", "FeatureBackbone"]
@@ -114,20 +114,20 @@ class FeatureBackbone(nn.Module):
         """Load a classification model, or the backbone of the authors' detector or segmenter with its output norms.
 
         Args:
-            state_dict: Ours, or a release that the model's ``checkpoint_filter_fn`` converts. A classifier and what
+            state_dict: Ours, or a release that the model's ``checkpoint_filter_fn`` renames. A classifier and what
                 lies behind the last output are left out; output norms that it does not have keep their values.
 
         Raises:
             ValueError: Naming what is missing, unexpected or of another shape; nothing is loaded then.
         """
-        convert = release_filter(self.name, self.model)
+        rename = release_filter(self.name, self.model)
         released = unwrap(state_dict)
-        state = convert(state_dict, self.model) if convert else released
+        state = rename(state_dict, self.model) if rename else released
         used = {id(value) for value in state.values()}
         norms = {}
         for key, value in released.items():
             norm = OUTPUT_NORM.match(key.removeprefix("backbone."))
-            # A norm that the conversion keeps under another name is one of the main path, such as VAN's.
+            # A norm that the renaming keeps under another name is one of the main path, such as VAN's.
             if norm and key not in self.model.state_dict() and (key in state or id(value) not in used):
                 norms[f"norms.{norm[1]}.{norm[2]}"] = value
         if norms and not len(self.norms):
@@ -162,17 +162,6 @@ class FeatureBackbone(nn.Module):
             return []
         children = [name for name, _ in self.model.named_children()]
         return children[: children.index(stages[0].split(".")[0])] + stages[:frozen_stages]
-
-
-def release_filter(name: str, model: nn.Module) -> Callable[[dict, nn.Module], dict] | None:
-    """The ``checkpoint_filter_fn`` of a model's family; None if it has none.
-
-    Args:
-        name: Registered name; the function lies beside the one that is registered.
-        model: Where the name is none of timm's registry, the function lies beside this one's class.
-    """
-    owner = timm.models.model_entrypoint(name) if timm.is_model(name) else type(model)
-    return getattr(sys.modules[owner.__module__], "checkpoint_filter_fn", None)
 
 
 def prefixed(matcher: dict, prefix: str) -> dict:

@@ -1,13 +1,20 @@
-"""Published weights, from the manifest to a network: the path of a file is the order of this list.
+"""Published weights, from the manifest to a network and out of a run: the path of a file is the order of this list.
 
 manifest    which checkpoints exist, where they lie, how their images are prepared
 locate      from a model's name to a file on this machine
 download    fetching it so that a half, wrong or foreign file never gets its name
+files       what a file is by its first bytes, before any reader is let near it
 read        tensors out of a stranger's file, of which nothing runs
 rename      from the parameter names of a release to ours
-load        into a network, completely or not at all
-export      out of a run, as a file that a program can open
+families    which function renames a model's releases
+load        into a network that is there, completely or not at all
+pretrained  the whole path for ``timm.create_model(name, pretrained=True)``
+card        what a file of ours says about its model, and that model from it
+export      out of a run, as one file that is enough to build and load the model
 commands/   all of it from the command line: ``visionattn weights``
+
+options     what a user may change about downloads
+errors      the one exception of all of them
 """
 
 from visionattn.weights.errors import WeightsError

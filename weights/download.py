@@ -17,7 +17,8 @@ from pathlib import Path
 from filelock import FileLock
 from torch.hub import tqdm
 
-from visionattn.weights.errors import WeightsError, amount, one_line
+from visionattn.errors import amount, one_line
+from visionattn.weights.errors import WeightsError
 from visionattn.weights.files import refuse_page
 from visionattn.weights.options import settings
 

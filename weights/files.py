@@ -5,7 +5,8 @@ import struct
 import zipfile
 from pathlib import Path
 
-from visionattn.weights.errors import WeightsError, amount
+from visionattn.errors import amount
+from visionattn.weights.errors import WeightsError
 
 __all__ = ["kind_of", "refuse_page"]
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import huggingface_hub
 
+from visionattn.errors import amount
 from visionattn.weights.download import fetch
-from visionattn.weights.errors import WeightsError, amount
+from visionattn.weights.errors import WeightsError
 from visionattn.weights.manifest import checkpoints, link
 from visionattn.weights.options import settings
 

@@ -19,12 +19,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from visionattn.weights.errors import WeightsError, one_line, some
+from visionattn.errors import one_line, some
+from visionattn.weights.errors import WeightsError
 from visionattn.weights.files import kind_of
 from visionattn.weights.rename import unwrap
 
-__all__ = ["read_checkpoint", "read_weights"]
+__all__ = ["PREFIX", "bare", "local_file", "read_bare_weights", "read_checkpoint", "read_weights"]
 
+PREFIX = "net."
+"""What ``train.py`` puts before the names of the bare model's weights in the checkpoints of a run."""
 # A file that names these was made to do harm; it is not worth reading even with its teeth out.
 HARMFUL_MODULES = {
     *("os", "posix", "nt", "sys", "subprocess", "shutil", "socket", "pty", "ctypes", "runpy", "importlib", "pickle"),
@@ -71,6 +74,35 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if not state:
         raise WeightsError(f"{path} holds no weights: it must be a state_dict(), or hold one")
     return state
+
+
+def read_bare_weights(path: str) -> dict[str, Tensor]:
+    """The bare model's weights from timm, plain, safetensors or Lightning files; the averaged ones where there are.
+
+    Raises:
+        WeightsError: If there is no such file, it is not read, or holds no tensors.
+    """
+    return bare(read_weights(local_file(path)))
+
+
+def bare(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``state`` by the bare model's names, without the rest of a run if it is of one."""
+    if any(key.startswith(PREFIX) for key in state):
+        state = {key.removeprefix(PREFIX): value for key, value in state.items() if key.startswith(PREFIX)}
+    return {key.removeprefix("_orig_mod."): value for key, value in state.items()}
+
+
+def local_file(path: str) -> str:
+    """``path``, if it is a file on this machine.
+
+    Raises:
+        WeightsError: If it is a URL, or there is no such file.
+    """
+    if "://" in path:
+        raise WeightsError(f"{path} is a URL: download it first and give the file")
+    if not Path(path).is_file():
+        raise WeightsError(f"no such checkpoint: {path}")
+    return path
 
 
 def _load(path: Path, kind: str, allowed: list) -> Any:

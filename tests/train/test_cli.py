@@ -89,6 +89,7 @@ def test_data_files_are_layered_under_flags(folder):
         ("train", "train"),
         ("predict", "required: IMAGE_OR_FOLDER"),
         ("predict nowhere.png --model resnet18", "no such image or folder: nowhere.png"),
+        ("predict x.png --ckpt nowhere.ckpt", "no such checkpoint: nowhere.ckpt"),
         ("predict train.py", "say what to predict with: --ckpt FILE, or --model NAME"),
         ("predict train.py --ckpt train.py", "is not a checkpoint"),
         ("predict train.py --model van_bo", "unknown model 'van_bo'"),

@@ -6,9 +6,9 @@ import torch
 from PIL import Image
 from timm.data.auto_augment import NAME_TO_OP
 
+from visionattn.errors import UserError
 from visionattn.train.data import Digits, Images
 from visionattn.train.data.transforms import train_transform
-from visionattn.train.errors import UserError
 
 
 def images(folder, **arguments):

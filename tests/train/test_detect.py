@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 from tests.train.dense_data import CATEGORY_IDS, coco, save, scenes, voc_boxes
+from visionattn.errors import UserError
 from visionattn.train.cli import run
 from visionattn.train.data import Objects
 from visionattn.train.dense.detect import MeanAP
 from visionattn.train.dense.detector import DETECTORS, Detector
-from visionattn.train.errors import UserError
 
 pytest.importorskip("faster_coco_eval")
 ROOT = Path(__file__).resolve().parents[2]

@@ -5,9 +5,9 @@ import pytest
 import timm
 import torch
 
+from visionattn.errors import UserError
 from visionattn.train.cli import run
 from visionattn.train.data import Digits
-from visionattn.train.errors import UserError
 from visionattn.train.predict import predict
 
 

@@ -11,9 +11,9 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from visionattn.errors import UserError
 from visionattn.train.callbacks import EMA
 from visionattn.train.cli import run
-from visionattn.train.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 
+from visionattn.errors import UserError
 from visionattn.train.data import SceneMasks, SceneObjects
 from visionattn.train.data.scenes import Scenes, digits, make_scene
-from visionattn.train.errors import UserError
 
 
 def scene(seed=0, **settings):

@@ -12,11 +12,11 @@ from PIL import Image
 from torch import nn
 
 from tests.train.dense_data import folders
+from visionattn.errors import UserError
 from visionattn.train.cli import run
 from visionattn.train.data.joint import IGNORE
 from visionattn.train.dense.segment import segmentation_scores
 from visionattn.train.dense.segmenter import Segmenter, multi_scale, sliding, whole
-from visionattn.train.errors import UserError
 from visionattn.train.overlays import overlay_classes
 
 pytest.importorskip("segmentation_models_pytorch")

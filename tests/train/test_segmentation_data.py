@@ -9,11 +9,11 @@ from PIL import Image
 from torchvision import tv_tensors
 
 from tests.train.dense_data import MASKS, folders, save
+from visionattn.errors import UserError
 from visionattn.train.cli import run
 from visionattn.train.data import Masks
 from visionattn.train.data.joint import IGNORE, RandomScaleCrop, eval_image, eval_size
 from visionattn.train.data.layouts import voc_palette
-from visionattn.train.errors import UserError
 
 
 def masks(root, **arguments):

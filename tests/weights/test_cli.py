@@ -80,9 +80,10 @@ def test_download_and_verify(capsys, tmp_path, cache):
     assert caught.value.code == 1 and "forward: FAILED" in capsys.readouterr().out
 
 
-def test_convert_and_add(capsys, tmp_path):
+@pytest.mark.parametrize("command", ["translate", "convert"])
+def test_translate_also_by_its_old_name_and_add(capsys, tmp_path, command):
     torch.save(timm.create_model("van_nano").state_dict(), tmp_path / "w.pth")
-    run("convert", str(tmp_path / "w.pth"), str(tmp_path / "w.safetensors"))
+    run(command, str(tmp_path / "w.pth"), str(tmp_path / "w.safetensors"))
     assert "van_nano: " in (text := capsys.readouterr().out) and "wrote" in text
     run("add", "van_nano.mine", str(tmp_path / "w.safetensors"))
     assert 'timm.create_model("van_nano.mine", pretrained=True)' in capsys.readouterr().out
@@ -99,7 +100,7 @@ def test_convert_and_add(capsys, tmp_path):
         (["list", "--licence", "mit"], "error: unrecognized arguments: --licence"),
         (["download", "nothing*"], "error: no checkpoint is like nothing"),
         (["download", "van_b4.untrained"], "error: no weights of van_b4.untrained are published"),
-        (["convert", "nowhere.pth", "w.safetensors"], "error: there is no file nowhere.pth"),
+        (["translate", "nowhere.pth", "w.safetensors"], "error: there is no file nowhere.pth"),
         (["download"], "required"),
         (["dance"], "dance"),
     ],

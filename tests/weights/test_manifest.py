@@ -14,7 +14,7 @@ import visionattn
 from tests.backbones.test_parity import CASES
 from tests.parity import load_fixture
 from visionattn.weights.commands.table import markdown
-from visionattn.weights.commands.translate import _converted
+from visionattn.weights.commands.translate import translated
 from visionattn.weights.locate import cache_name, first_url
 from visionattn.weights.manifest import FACTS, checkpoints, link, manifest
 
@@ -34,7 +34,7 @@ def model(arch, **kwargs):
 def test_row_is_well_formed(name):
     row = checkpoints()[name]
     unknown = row.keys() - FIELDS - FACTS.keys() - {"family", "model"}
-    assert not unknown, f"explain {unknown} in FACTS of weights/__init__.py, or use a field of timm's PretrainedCfg"
+    assert not unknown, f"explain {unknown} in FACTS of weights/manifest.py, or use a field of timm's PretrainedCfg"
     assert link(row) in ("direct", "hub", "browser", "bundled", "none")
     assert row.get("task", "classify") in ("classify", "detect", "segment", "restore")
     assert row["license"] and row["origin_url"].startswith("https://")
@@ -64,10 +64,10 @@ def test_model_builds_on_the_meta_device_and_its_preprocessing_resolves(name):
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if not case.kwargs], ids=lambda case: case.fixture)
-def test_conversion_accepts_the_authors_names_and_shapes(case):
+def test_translation_accepts_the_authors_names_and_shapes(case):
     fixture = load_fixture(case.fixture)
     names = {name: torch.empty(shape, device="meta") for name, shape in fixture["params"]}
-    result = _converted(case.name, names)
+    result = translated(case.name, names)
     assert result.fits, result.lines()
     assert result.num_classes == fixture["output"]["shape"][-1]
 

@@ -5,7 +5,6 @@ any timm model, which is then measured on the same images but not compared. Of a
 ``converted`` with the library's attention in it, and ``converted_linear`` with the library's linear layers as well.
 """
 
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -18,6 +17,7 @@ from visionattn.benchmark.converted import CONVERTED, convert
 from visionattn.benchmark.ops import parse_candidate
 from visionattn.benchmark.plain import biformer, flowformer, litv2, nat, ravlt, swin, van
 from visionattn.benchmark.runner import Candidate, Case, Workload
+from visionattn.weights.families import release_filter
 
 __all__ = ["PLAIN", "DEFAULT_CANDIDATES", "model_case", "plain_and_ours"]
 
@@ -52,14 +52,10 @@ def randomize_(model: nn.Module) -> nn.Module:
     return model
 
 
-def _filter_fn(name: str) -> Callable[[dict, nn.Module], dict]:
-    return sys.modules[model_entrypoint(name).__module__].checkpoint_filter_fn
-
-
 def _names_of_ours(name: str, grads: dict[str, Tensor]) -> dict[str, Tensor]:
     with torch.device("meta"):
         ours = timm.create_model(name)
-    named = _filter_fn(name)(grads, ours)
+    named = release_filter(name)(grads, ours)
     return {key: grad for key, grad in named.items() if not grad.is_meta}  # as are counters that it adds
 
 
@@ -101,7 +97,7 @@ def plain_and_ours(name: str, img_size: int = 224) -> tuple[nn.Module, nn.Module
     torch.manual_seed(0)
     plain = randomize_(build(name.split(".")[0]))
     ours = _create(name, img_size)
-    ours.load_state_dict(_filter_fn(name)(plain.state_dict(), ours))
+    ours.load_state_dict(release_filter(name)(plain.state_dict(), ours))
     return plain, ours
 
 

@@ -1,6 +1,6 @@
 """The timm contract, written once: every backbone is a chain ``stem -> stages -> norm -> head``."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from timm.layers import get_device_dtype
@@ -9,7 +9,7 @@ from timm.models._features import feature_take_indices  # private names of timm 
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
-from visionattn.weights.load import with_weights
+from visionattn.weights.pretrained import with_weights
 
 __all__ = ["Backbone", "Pyramid", "Stage", "build_backbone", "feature_take_indices", "update_model_input_size"]
 
@@ -245,9 +245,7 @@ class Pyramid(Backbone):
         super().__init__(stem, stages, head, info, norm=norm, num_classes=num_classes, in_chans=in_chans)
 
 
-def build_backbone(
-    cls: type[Backbone], variant: str, pretrained: bool, checkpoint_filter_fn: Callable[..., dict], **kwargs
-) -> Backbone:
+def build_backbone(cls: type[Backbone], variant: str, pretrained: bool, **kwargs) -> Backbone:
     """Build a registered model as timm does.
 
     With ``features_only`` a pyramid gives the maps of its four stages. A network of one resolution gives those of its
@@ -256,22 +254,21 @@ def build_backbone(
 
     Args:
         cls: The model's class.
-        variant: Its registered name, which finds its cfg.
+        variant: Its registered name, which finds its cfg and the function that renames its releases.
         pretrained: Whether to load the published weights.
-        checkpoint_filter_fn: From the release's parameter names to ours.
         kwargs: Arguments of ``cls`` and of ``timm.models.build_model_with_cfg``.
 
     Raises:
         WeightsError: If the weights cannot be had, or do not fit.
     """
-    checkpoint_filter_fn, kwargs = with_weights(variant, pretrained, checkpoint_filter_fn, kwargs)
+    filter_fn, kwargs = with_weights(variant, pretrained, kwargs)
     pyramid = issubclass(cls, Pyramid)
     features = dict(out_indices=(0, 1, 2, 3)) if pyramid else dict(out_indices=4, feature_cls="getter")
     return build_model_with_cfg(
         cls,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
+        pretrained_filter_fn=filter_fn,
         feature_cfg=dict(features, flatten_sequential=True),
         **kwargs,
     )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from visionattn.layers.patch_embed import resize_position_embedding
 from visionattn.weights.rename import Rule, rename_checkpoint, resize_axes, resize_tokens
 
-__all__ = ["checkpoint_filter_fn"]
+__all__ = ["checkpoint_filter_fn", "fit_table"]
 
 # What all four bodies share; a host adds its own in front.
 RULES: tuple[Rule, ...] = (
@@ -32,7 +32,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     """
     own = model.state_dict()
     state = rename_checkpoint(state_dict, (*model.release_rules, *RULES))
-    fitted = {name: _fit(name, value, own[name]) if name in own else value for name, value in state.items()}
+    fitted = {name: fit_table(name, value, own[name]) if name in own else value for name, value in state.items()}
     _join_qkv(fitted, own)
     _rename_lepe(fitted, own)
     _start_counters(fitted, own)
@@ -42,7 +42,14 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     return fitted if changed else state
 
 
-def _fit(name: str, value: Tensor, like: Tensor) -> Tensor:
+def fit_table(name: str, value: Tensor, like: Tensor) -> Tensor:
+    """``value``, resized to the shape of ``like`` if it is a table of positions; anything else as it is.
+
+    Args:
+        name: Parameter name, whose last part says what kind of table it is.
+        value: The released parameter.
+        like: The model's own one.
+    """
     leaf = name.rpartition(".")[2]
     if not isinstance(value, Tensor) or value.shape == like.shape:
         return value

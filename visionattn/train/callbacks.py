@@ -13,10 +13,10 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ThroughputMon
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from visionattn.train.errors import UserError
+from visionattn.errors import UserError
 from visionattn.train.flops import peak_flops
 from visionattn.train.overlays import stacked, to_pil
-from visionattn.train.weights import export_weights
+from visionattn.weights.export import export_weights
 
 
 class EMA(WeightAveraging):

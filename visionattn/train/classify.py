@@ -9,12 +9,13 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
+from visionattn.errors import UserError
 from visionattn.train.data.base import Data
 from visionattn.train.data.sampling import IGNORED
-from visionattn.train.errors import UserError
 from visionattn.train.optim import warmup_cosine, warmup_poly
 from visionattn.train.task import Task
-from visionattn.train.weights import build, load_weights
+from visionattn.weights.card import build
+from visionattn.weights.load import load_weights
 
 
 class Classification(Task):

@@ -19,15 +19,16 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import visionattn  # noqa: F401  (registers our models)
 import visionattn.train.data  # noqa: F401  (the short names of its classes work on the command line)
+from visionattn.errors import UserError, one_line, some
 from visionattn.train.callbacks import EpochLines, ExportWeights, Pictures, best_checkpoint, check_disk
 from visionattn.train.classify import Classification
 from visionattn.train.data.base import Data
 from visionattn.train.dense.detect import Detection
 from visionattn.train.dense.segment import Segmentation
-from visionattn.train.errors import UserError, one_line, some
 from visionattn.train.predict import add_arguments, predict
 from visionattn.train.task import Task
-from visionattn.train.weights import CARD, read_checkpoint
+from visionattn.weights.card import CARD
+from visionattn.weights.read import local_file, read_checkpoint
 
 DEFAULTS = importlib.resources.files("visionattn.configs") / "trainer" / "default.yaml"
 """What every run starts from; ``-c`` files and flags override it."""
@@ -104,7 +105,7 @@ class CLI(LightningCLI):
         path = config.get("ckpt_path")
         if not path:
             return
-        self.checkpoint = read_checkpoint(path)
+        self.checkpoint = read_checkpoint(local_file(path))
         trained = {k: v for k, v in self.checkpoint.get("hyper_parameters", {}).items() if not k.startswith("_")}
         trained.pop("num_classes", None)  # follows from the data
         place = self.arguments.index(subcommand) + 1

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from visionattn.errors import UserError
 from visionattn.train.callbacks import best_checkpoint
 from visionattn.train.cli import python, run
-from visionattn.train.errors import UserError
 from visionattn.train.figures import draw_confusion, draw_curves, draw_predictions
 from visionattn.train.predict import load
 

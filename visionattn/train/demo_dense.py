@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from visionattn.errors import UserError
 from visionattn.train.callbacks import best_checkpoint
 from visionattn.train.cli import python, run
 from visionattn.train.data.scenes import make_scene
-from visionattn.train.errors import UserError
 
 CONFIGS = importlib.resources.files("visionattn.configs")
 TASKS = {

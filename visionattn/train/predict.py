@@ -17,10 +17,11 @@ from timm.data.readers.img_extensions import get_img_extensions
 from torch import Tensor, nn
 
 import visionattn
+from visionattn.errors import UserError, some
 from visionattn.train.data.sampling import UNREADABLE
-from visionattn.train.errors import UserError, check_model_name, some
-from visionattn.train.weights import build, load_weights, read_card
+from visionattn.weights.card import build, check_model_name, read_card
 from visionattn.weights.errors import WeightsError
+from visionattn.weights.load import load_weights
 
 
 def add_arguments(parser: LightningArgumentParser) -> list[str]:

@@ -10,12 +10,12 @@ from timm.optim import list_optimizers
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from visionattn.errors import UserError
 from visionattn.train.data.base import Data
 from visionattn.train.data.sampling import global_seed, seed_random
-from visionattn.train.errors import UserError
 from visionattn.train.flops import training_flops
 from visionattn.train.optim import create_optimizer
-from visionattn.train.weights import CARD
+from visionattn.weights.card import CARD
 
 
 class Task(pl.LightningModule):

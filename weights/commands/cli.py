@@ -1,17 +1,18 @@
-"""``visionattn weights list|show|download|verify|convert|add|push|table``."""
+"""``visionattn weights list|show|download|verify|translate|add|push|table``."""
 
 import inspect
 import sys
 from pathlib import Path
 from typing import Literal
 
+from visionattn.errors import amount, one_line
 from visionattn.weights import checkpoints, link
 from visionattn.weights.commands.publish import push as push_checkpoint
 from visionattn.weights.commands.table import COLUMNS, cells, find, markdown
 from visionattn.weights.commands.translate import add as add_file
-from visionattn.weights.commands.translate import convert as convert_file
+from visionattn.weights.commands.translate import translate as translate_file
 from visionattn.weights.commands.verify import verify as verify_file
-from visionattn.weights.errors import WeightsError, amount, one_line
+from visionattn.weights.errors import WeightsError
 from visionattn.weights.locate import added_file, weights_file
 from visionattn.weights.options import settings
 
@@ -106,15 +107,15 @@ def verify(names: list[str], forward: bool = True) -> None:
         sys.exit(1)
 
 
-def convert(source: str, target: str, model: str | None = None) -> None:
-    """Convert a checkpoint of the authors to safetensors under our names.
+def translate(source: str, target: str, model: str | None = None) -> None:
+    """Write a checkpoint of the authors as safetensors under our names.
 
     Args:
         source: The authors' file.
         target: File to write, *.safetensors.
         model: Which model it is of, if its tensors do not tell.
     """
-    print("\n".join(convert_file(source, target, model).lines()))
+    print("\n".join(translate_file(source, target, model).lines()))
     print(f"wrote {target}")
 
 
@@ -165,7 +166,8 @@ def table(out: str | None = None) -> None:
         print(f"wrote {out}")
 
 
-COMMANDS = {"list": show_list, **{f.__name__: f for f in (show, download, verify, convert, add, push, table)}}
+COMMANDS = {"list": show_list, **{f.__name__: f for f in (show, download, verify, translate, add, push, table)}}
+OLD_NAMES = {"convert": "translate"}  # scripts may have them; convert means surgery on a model elsewhere
 # Positional arguments that are not one required value each.
 POSITIONAL = {"names": dict(nargs="+", type=str), "pattern": dict(nargs="?", type=str, default="*")}
 
@@ -179,8 +181,8 @@ def make_parser():
             sys.exit(f"error: {one_line(message)}. The option --help lists what is accepted")
 
     top = Parser(prog="visionattn", description="Efficient-attention vision backbones.")
-    weights = Parser(description="Find, download, verify, convert and publish weights.")
-    top.add_subcommands().add_subcommand("weights", weights, help="Find, download, verify, convert, publish weights.")
+    weights = Parser(description="Find, download, verify, translate and publish weights.")
+    top.add_subcommands().add_subcommand("weights", weights, help="Find, download, verify, translate, publish weights.")
     commands = weights.add_subcommands()
     for name, function in COMMANDS.items():
         summary = function.__doc__.split("\n")[0]
@@ -189,7 +191,8 @@ def make_parser():
         for key in own:
             parser.add_argument(key, **POSITIONAL[key], help="Checkpoints, as the list has them; * and ? for anything.")
         parser.add_function_arguments(function, as_group=False, as_positional=True, skip=set(own))
-        commands.add_subcommand(name, parser, help=summary)
+        aliases = [old for old, new in OLD_NAMES.items() if new == name]
+        commands.add_subcommand(name, parser, help=summary, aliases=aliases)
     return top
 
 
@@ -219,7 +222,7 @@ def main(args: list[str] | None = None) -> None:
     config = parser.parse_args(args)["weights"]
     command = config["subcommand"]
     try:
-        COMMANDS[command](**config[command].as_dict())
+        COMMANDS[OLD_NAMES.get(command, command)](**config[command].as_dict())
     except WeightsError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

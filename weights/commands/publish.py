@@ -10,10 +10,10 @@ import torch
 from timm.models import save_for_hf
 
 import visionattn
-from visionattn.train.errors import UserError
-from visionattn.train.weights import PREFIX, build, read_card
-from visionattn.weights.errors import WeightsError, some
-from visionattn.weights.read import read_checkpoint
+from visionattn.errors import some
+from visionattn.weights.card import build, read_card
+from visionattn.weights.errors import WeightsError
+from visionattn.weights.read import PREFIX, bare, read_checkpoint
 
 __all__ = ["push"]
 
@@ -43,10 +43,7 @@ def push(
         WeightsError: If the checkpoint is not one of a run, or has no such weights.
     """
     content = read_checkpoint(checkpoint)
-    try:
-        card = read_card(checkpoint)
-    except UserError as error:
-        raise WeightsError(str(error)) from error
+    card = read_card(checkpoint)
     state = chosen(content, weights, checkpoint)
     net = build(card)
     net.load_state_dict(state)
@@ -76,7 +73,7 @@ def chosen(content: dict[str, Any], weights: str, checkpoint: str) -> dict[str, 
     state = content.get("current_model_state" if averaged and weights == "raw" else "state_dict")
     if not isinstance(state, dict) or not any(key.startswith(PREFIX) for key in state):
         raise WeightsError(f"{checkpoint} is no checkpoint of a run of train.py: it holds {some(content)}")
-    return {key.removeprefix(PREFIX): value for key, value in state.items() if key.startswith(PREFIX)}
+    return bare(state)
 
 
 def metrics(content: dict[str, Any], checkpoint: Path) -> dict[str, float]:

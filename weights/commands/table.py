@@ -91,7 +91,7 @@ def markdown() -> str:
         "",
         "Written by `python -m visionattn weights table --out docs/weights.md`; do not edit. Parameters, GMAC (at the",
         "size the weights are evaluated at) and top-1 (ImageNet-1k, per cent) are the authors' numbers. *Verified",
-        "here* says whether this project has run the published file itself; whatever says *no* is converted by rules",
+        "here* says whether this project has run the published file itself; whatever says *no* is renamed by rules",
         "that are tested on the authors' parameter names and on outputs of their code, not on the file.",
         "",
         "*direct* and *hub*: `pretrained=True` downloads the file. *by hand*: the link lies behind a page that",

@@ -1,33 +1,32 @@
 """From a file of the authors to a safetensors file with our names, completely or not at all."""
 
-import json
 import math
-import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
 import timm
-from safetensors.torch import save_file
 from timm.data import resolve_data_config
-from timm.models import get_pretrained_cfg, model_entrypoint, split_model_name_tag
+from timm.models import get_pretrained_cfg, split_model_name_tag
 from torch import Tensor, nn
 
 import visionattn
-from visionattn.train.weights import PREFIX
+from visionattn.errors import some
 from visionattn.weights import checkpoints
 from visionattn.weights.download import sha256_of
-from visionattn.weights.errors import WeightsError, some
-from visionattn.weights.load import CARD
+from visionattn.weights.errors import WeightsError
+from visionattn.weights.export import write_weights
+from visionattn.weights.families import release_filter
+from visionattn.weights.load import classifiers
 from visionattn.weights.locate import added_file, cache_name, first_url
-from visionattn.weights.read import read_weights
+from visionattn.weights.read import bare, read_weights
 
-__all__ = ["Conversion", "add", "convert", "detect"]
+__all__ = ["Translation", "add", "detect", "translate", "translated"]
 
 
 @dataclass
-class Conversion:
+class Translation:
     """A file under our names, and what became of its tensors.
 
     Args:
@@ -69,18 +68,17 @@ def _model(name: str) -> nn.Module:
     return timm.create_model(name, device="meta")
 
 
-def _filter(name: str):
-    """The family's ``checkpoint_filter_fn``."""
-    return sys.modules[model_entrypoint(name).__module__].checkpoint_filter_fn
+def translated(name: str, state: dict[str, Tensor]) -> Translation:
+    """``state`` as the registered model ``name`` takes it.
 
-
-def _converted(name: str, state: dict[str, Tensor]) -> Conversion:
-    """``state`` as the registered model ``name`` takes it."""
+    Args:
+        name: Registered model, without a tag.
+        state: Tensors under the authors' names or ours.
+    """
     model = _model(name)
-    result = _filter(name)(dict(state), model)
+    result = release_filter(name)(dict(state), model)
     own = model.state_dict()
-    heads = model.pretrained_cfg.get("classifier") or ()
-    heads = tuple(f"{head}." for head in ((heads,) if isinstance(heads, str) else heads))
+    heads = tuple(f"{head}." for head in classifiers(model.pretrained_cfg))
     weights = [result[f"{head}weight"] for head in heads if f"{head}weight" in result]
     shapes = Counter(tuple(value.shape) for value in state.values())
     reshaped = [key for key, value in result.items() if not shapes[tuple(value.shape)]]
@@ -90,7 +88,7 @@ def _converted(name: str, state: dict[str, Tensor]) -> Conversion:
     kept = {id(value) for value in result.values()}
     counted = [key for key in own if not key.endswith("num_batches_tracked")]
     optional = () if weights or not heads else heads
-    return Conversion(
+    return Translation(
         name=name,
         state=result,
         num_classes=len(weights[0]) if weights else 0,
@@ -120,7 +118,7 @@ def detect(state: dict[str, Tensor], file_name: str = "") -> str:
         if published and not 0.5 < published * 1e6 / max(count, 1) < 2.0:
             continue
         try:
-            result = _converted(name, shadow)
+            result = translated(name, shadow)
         except Exception:  # the rules of another family may not survive these names and shapes
             continue
         if result.fits:
@@ -141,7 +139,7 @@ def detect(state: dict[str, Tensor], file_name: str = "") -> str:
     return names[0]
 
 
-def convert(source: str | Path, target: str | Path | None = None, model: str | None = None) -> Conversion:
+def translate(source: str | Path, target: str | Path | None = None, model: str | None = None) -> Translation:
     """Read a checkpoint, rename its tensors, and write them as safetensors.
 
     Args:
@@ -157,15 +155,13 @@ def convert(source: str | Path, target: str | Path | None = None, model: str | N
     """
     if target is not None and Path(target).suffix != ".safetensors":
         raise WeightsError(f"cannot write {target}: choose a name that ends in .safetensors")
-    state = read_weights(source)
-    if any(key.startswith(PREFIX) for key in state):  # of a run of ours
-        state = {key.removeprefix(PREFIX): value for key, value in state.items() if key.startswith(PREFIX)}
+    state = bare(read_weights(source))
     if model is None:
         model = detect(state, Path(source).name)
     arch, tag = split_model_name_tag(model)
     if arch not in visionattn.list_models():
         raise WeightsError(f"{arch} is no model of ours: visionattn.list_models() names them")
-    result = _converted(arch, state)
+    result = translated(arch, state)
     result.name = model
     if not result.fits:
         raise WeightsError(f"{source} does not fit {arch} completely: {'; '.join(result.lines())}. Nothing was written")
@@ -173,26 +169,16 @@ def convert(source: str | Path, target: str | Path | None = None, model: str | N
         known = get_pretrained_cfg(arch if model not in checkpoints() else model)
         preprocess = resolve_data_config(pretrained_cfg=known.to_dict())
         card = dict(name=arch, model_args={}, num_classes=result.num_classes, class_names=[], preprocess=preprocess)
-        write(result.state, target, card | {"source_sha256": sha256_of(source)})
+        write_weights(result.state, target, card | {"source_sha256": sha256_of(source)})
     return result
 
 
-def write(state: dict[str, Tensor], target: str | Path, card: dict) -> None:
-    """Write a safetensors file that says which model it holds; it appears under its name when it is complete."""
-    target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{target.name}.part")
-    tensors = {key: value.detach().contiguous().clone() for key, value in state.items()}
-    save_file(tensors, part, metadata={"format": "pt", CARD: json.dumps(card)})
-    part.replace(target)
-
-
-def add(name: str, file: str | Path) -> Conversion:
+def add(name: str, file: str | Path) -> Translation:
     """Make a local file the weights of ``name``, so that ``timm.create_model(name, pretrained=True)`` loads them.
 
     Args:
         name: ``arch.tag``; a tag of the manifest, or a new one.
-        file: A checkpoint; it is converted and kept beside the downloads.
+        file: A checkpoint; it is translated and kept beside the downloads.
 
     Raises:
         WeightsError: If the name has no tag, the file is not the published one, or it does not fit.
@@ -203,4 +189,4 @@ def add(name: str, file: str | Path) -> Conversion:
     expected = checkpoints().get(name, {}).get("sha256")
     if expected and Path(file).is_file() and (digest := sha256_of(file)) != expected:
         raise WeightsError(f"{file} has SHA-256 {digest}, the published {name} has {expected}: use another tag")
-    return convert(file, added_file(name), name)
+    return translate(file, added_file(name), name)

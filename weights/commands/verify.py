@@ -3,10 +3,11 @@
 import timm
 import torch
 
+from visionattn.errors import one_line
 from visionattn.weights import checkpoints
+from visionattn.weights.card import read_metadata
 from visionattn.weights.download import sha256_of
-from visionattn.weights.errors import WeightsError, one_line
-from visionattn.weights.load import read_metadata
+from visionattn.weights.errors import WeightsError
 from visionattn.weights.locate import added_file, weights_file
 
 __all__ = ["verify"]
@@ -31,7 +32,7 @@ def verify(name: str, forward: bool = True) -> dict[str, str]:
         return {"file": "not on this machine"}
     digest, row = sha256_of(path), checkpoints().get(name, {})
     found = digest
-    if path == added_file(name):  # converted: the manifest has the hash of the original
+    if path == added_file(name):  # translated: the manifest has the hash of the original
         found = (read_metadata(path) or {}).get("source_sha256", digest)
     expected = row.get("sha256")
     state = "no published hash" if not expected else "matches" if found == expected else "DIFFERS"

@@ -7,8 +7,8 @@ import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader
 
+from visionattn.errors import UserError
 from visionattn.train.data.sampling import EpochSampler, Samples, Stream, global_seed
-from visionattn.train.errors import UserError
 
 
 class Data(pl.LightningDataModule):

@@ -13,12 +13,12 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from visionattn.errors import UserError, some
 from visionattn.train.data.dense import DenseBatch, DenseData, collate
 from visionattn.train.data.layouts import bright_palette
 from visionattn.train.data.objects import VOC_CLASSES, Annotated, Annotations, read_coco, read_voc
 from visionattn.train.data.sampling import UNREADABLE
 from visionattn.train.data.scenes import DIGITS, Scenes
-from visionattn.train.errors import UserError, some
 
 
 class DetectionData(DenseData):

@@ -11,10 +11,11 @@ from timm.data import create_dataset, create_transform, resolve_data_config
 from timm.data.readers.img_extensions import get_img_extensions
 from timm.utils.misc import natural_key
 
+from visionattn.errors import UserError, one_line, some
 from visionattn.train.data.base import Data
 from visionattn.train.data.sampling import UNREADABLE
 from visionattn.train.data.transforms import train_transform
-from visionattn.train.errors import UserError, check_model_name, one_line, some
+from visionattn.weights.card import check_model_name
 
 FOLDERS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "eval"), "test": ("test",)}
 

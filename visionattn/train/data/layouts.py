@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from timm.data.readers.img_extensions import get_img_extensions
 
+from visionattn.errors import UserError, some
 from visionattn.train.data.joint import IGNORE
-from visionattn.train.errors import UserError, some
 
 INVALID = 254
 """What a value that is no class becomes; a class map must not have it."""

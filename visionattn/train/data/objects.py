@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from visionattn.train.errors import UserError, one_line, some
+from visionattn.errors import UserError, one_line, some
 
 VOC_CLASSES = (
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant "

@@ -12,8 +12,8 @@ from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 from sklearn.model_selection import train_test_split
 
+from visionattn.errors import UserError
 from visionattn.train.data.sampling import global_seed
-from visionattn.train.errors import UserError
 
 DIGITS = [str(digit) for digit in range(10)]
 

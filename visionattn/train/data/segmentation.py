@@ -12,12 +12,12 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
+from visionattn.errors import UserError, some
 from visionattn.train.data.dense import DenseBatch, DenseData, collate
 from visionattn.train.data.joint import IGNORE, eval_image, train_segmentation
 from visionattn.train.data.layouts import INVALID, LAYOUTS, find_pairs, lookup, voc_palette
 from visionattn.train.data.sampling import UNREADABLE
 from visionattn.train.data.scenes import DIGITS, Scenes
-from visionattn.train.errors import UserError, some
 
 
 class Pairs:

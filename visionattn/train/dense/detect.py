@@ -5,13 +5,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from visionattn.errors import UserError
 from visionattn.train.data.base import Data
 from visionattn.train.data.dense import NOT_COUNTED, DenseBatch
 from visionattn.train.data.detection import DetectionData
 from visionattn.train.data.objects import mask_tools
 from visionattn.train.dense.detector import Detector
 from visionattn.train.dense.task import DenseTask
-from visionattn.train.errors import UserError
 from visionattn.train.overlays import overlay_objects, side_by_side
 
 

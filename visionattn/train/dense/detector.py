@@ -9,9 +9,9 @@ from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign
 
+from visionattn.errors import UserError
 from visionattn.features import FPNBackbone
 from visionattn.train.dense.segmenter import DenseNet, create_backbone, normalization
-from visionattn.train.errors import UserError
 
 DETECTORS = {"faster_rcnn": FasterRCNN, "mask_rcnn": MaskRCNN, "retinanet": RetinaNet, "fcos": FCOS}
 

@@ -13,7 +13,7 @@ from timm.layers import ConvNormAct
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 
-from visionattn.train.errors import UserError
+from visionattn.errors import UserError
 
 
 def decoder(architecture: str, name: str) -> Callable[..., nn.Module]:

@@ -12,15 +12,15 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as F
 
+from visionattn.errors import UserError, some
 from visionattn.train.data.joint import eval_image
 from visionattn.train.data.objects import mask_tools
 from visionattn.train.data.sampling import UNREADABLE
 from visionattn.train.dense.detector import Detector
 from visionattn.train.dense.segment import inference
 from visionattn.train.dense.segmenter import Segmenter
-from visionattn.train.errors import UserError, some
 from visionattn.train.overlays import overlay_classes, overlay_objects, to_pil
-from visionattn.train.weights import load_weights
+from visionattn.weights.load import load_weights
 
 NETS = {"segment": Segmenter, "detect": Detector}
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
+from visionattn.errors import UserError
 from visionattn.train.data.base import Data
 from visionattn.train.data.dense import DenseBatch
 from visionattn.train.data.joint import IGNORE
@@ -16,7 +17,6 @@ from visionattn.train.data.segmentation import SegmentationData
 from visionattn.train.dense.heads import resize
 from visionattn.train.dense.segmenter import Segmenter, multi_scale, sliding, whole
 from visionattn.train.dense.task import DenseTask
-from visionattn.train.errors import UserError
 from visionattn.train.overlays import overlay_classes, side_by_side
 
 

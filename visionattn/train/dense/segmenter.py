@@ -8,9 +8,10 @@ import torch
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 
+from visionattn.errors import UserError
 from visionattn.features import FeatureBackbone, prefixed
 from visionattn.train.dense.heads import HEADS, FCNHead, init_head, resize
-from visionattn.train.errors import UserError, check_model_name
+from visionattn.weights.card import check_model_name
 
 
 class DenseNet(nn.Module):

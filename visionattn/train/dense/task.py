@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from visionattn.errors import UserError, some
 from visionattn.train.data.base import Data
 from visionattn.train.data.dense import DenseBatch, DenseData
 from visionattn.train.dense.segmenter import DenseNet
-from visionattn.train.errors import UserError, some
 from visionattn.train.optim import warmup_cosine, warmup_poly, warmup_step_decay
 from visionattn.train.task import Task
-from visionattn.train.weights import load_weights, read_weights
+from visionattn.weights.load import load_weights
+from visionattn.weights.read import read_bare_weights
 
 
 class DenseTask(Task):
@@ -52,7 +53,7 @@ class DenseTask(Task):
         p = self.hparams
         if p.weights:
             backbone = self.net.get_submodule(self.net.backbone_path)
-            state = read_weights(p.weights)
+            state = read_bare_weights(p.weights)
             if any(key.startswith(f"{self.net.backbone_path}.model.") for key in state):
                 load_weights(self.net, p.weights, p.reset_head)
             else:

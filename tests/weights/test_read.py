@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from visionattn.weights import WeightsError
-from visionattn.weights.read import read_checkpoint, read_weights
+from visionattn.weights.read import read_bare_weights, read_checkpoint, read_weights
 
 WEIGHTS = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.ones(2)}
 
@@ -110,6 +110,14 @@ def test_averaged_weights_go_before_the_raw_ones(tmp_path):
 def test_safetensors(tmp_path):
     save_file(WEIGHTS, tmp_path / "w.pth")  # by its content, not by its name
     assert torch.equal(read_weights(tmp_path / "w.pth")["a.weight"], WEIGHTS["a.weight"])
+
+
+@pytest.mark.parametrize("prefix", ["", "net.", "net._orig_mod."])
+def test_bare_weights_are_those_of_the_network_in_a_run(tmp_path, prefix):
+    state = {prefix + key: value for key, value in WEIGHTS.items()}
+    rest = {"metrics.acc1.total": torch.zeros(1)} if prefix else {}
+    torch.save({"state_dict": state | rest}, tmp_path / "w.ckpt")
+    assert read_bare_weights(str(tmp_path / "w.ckpt")).keys() == WEIGHTS.keys()
 
 
 # --- files made to do harm -------------------------------------------------------------------------------------------

@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 import visionattn  # noqa: F401
 from tests.parity import fixture_weights, load_fixture
 from visionattn.weights import WeightsError, checkpoints
-from visionattn.weights.commands.translate import add, convert, detect
+from visionattn.weights.card import read_metadata
+from visionattn.weights.commands.translate import add, detect, translate
 from visionattn.weights.commands.verify import verify
-from visionattn.weights.load import read_metadata
 from visionattn.weights.locate import added_file
 
 
@@ -33,7 +33,7 @@ def nano(**arguments):
 
 
 def test_the_family_is_found_and_the_file_opens_with_timm(release, tmp_path, van):
-    result = convert(release, tmp_path / "out" / "van.safetensors")
+    result = translate(release, tmp_path / "out" / "van.safetensors")
     assert result.name == "van_b0" and result.num_classes == 1000 and result.fits
     assert not result.reshaped and not result.left_out
     assert result.lines()[0] == f"van_b0: {len(van)} tensors, a classifier of 1000 classes"
@@ -46,7 +46,7 @@ def test_the_family_is_found_and_the_file_opens_with_timm(release, tmp_path, van
 def test_our_own_names_and_runs_are_found_too(tmp_path):
     state = nano(num_classes=3).state_dict()
     torch.save({"state_dict": {f"net.{key}": value for key, value in state.items()}}, tmp_path / "last.ckpt")
-    result = convert(tmp_path / "last.ckpt", tmp_path / "w.safetensors")
+    result = translate(tmp_path / "last.ckpt", tmp_path / "w.safetensors")
     assert result.name == "van_nano" and result.num_classes == 3
     assert load_file(tmp_path / "w.safetensors").keys() == state.keys()
 
@@ -63,7 +63,7 @@ def test_models_with_the_same_tensors_are_told_apart_by_the_file_name(file):
 def test_a_file_without_classifier_is_reported_as_such(tmp_path):
     state = {key: value for key, value in nano().state_dict().items() if not key.startswith("head.")}
     torch.save(state, tmp_path / "w.pth")
-    result = convert(tmp_path / "w.pth", model="van_nano")
+    result = translate(tmp_path / "w.pth", model="van_nano")
     assert result.num_classes == 0 and "no classifier" in result.lines()[0]
 
 
@@ -72,7 +72,7 @@ def test_half_a_checkpoint_is_refused_and_nothing_is_written(van, tmp_path):
     torch.save({**half, "surplus.weight": torch.zeros(1)}, tmp_path / "w.pth")
     with pytest.raises(WeightsError, match=r"does not fit van_b0 completely: .*missing: \d+ \(stages.2.blocks.*; "
                                            r"unexpected: 1 \(surplus.weight\).*Nothing was written"):  # fmt: skip
-        convert(tmp_path / "w.pth", tmp_path / "out.safetensors", model="van_b0")
+        translate(tmp_path / "w.pth", tmp_path / "out.safetensors", model="van_b0")
     assert not (tmp_path / "out.safetensors").exists()
 
 
@@ -87,12 +87,12 @@ def test_interpolated_tables_and_dropped_tensors_are_reported(tmp_path):
     torch.manual_seed(0)
     state = timm.create_model("nat_nano", kernel_size=5).state_dict()
     authors = {}
-    for key, value in state.items():  # the inverse of the conversion
+    for key, value in state.items():  # the inverse of the renaming
         key = re.sub(r"^stages\.(\d)\.downsample", lambda m: f"levels.{int(m[1]) - 1}.downsample", key)
         key = re.sub(r"^stages", "levels", key).replace("stem.", "patch_embed.").replace("head.fc.", "head.")
         authors[key] = value
     torch.save({**authors, "norm3.weight": torch.zeros(2)}, tmp_path / "w.pth")
-    result = convert(tmp_path / "w.pth", model="nat_nano")
+    result = translate(tmp_path / "w.pth", model="nat_nano")
     assert len(result.reshaped) == 4 and all(key.endswith("rpb") for key in result.reshaped)
     assert "norm3.weight" in result.left_out
     assert "reshaped: 4" in "\n".join(result.lines())
@@ -104,7 +104,7 @@ def test_interpolated_tables_and_dropped_tensors_are_reported(tmp_path):
 )
 def test_wrong_targets_and_models_are_refused(release, tmp_path, target, model, message):
     with pytest.raises(WeightsError, match=message):
-        convert(release, tmp_path / target, model)
+        translate(release, tmp_path / target, model)
 
 
 def test_added_files_are_what_pretrained_loads(release, van):

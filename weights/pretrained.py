@@ -1,0 +1,108 @@
+"""How ``timm.create_model(name, pretrained=True)`` comes to our downloader and our reader."""
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+from timm.models import get_pretrained_cfg, resolve_pretrained_cfg
+from torch import Tensor, nn
+
+from visionattn.errors import some
+from visionattn.weights.card import read_metadata
+from visionattn.weights.errors import WeightsError
+from visionattn.weights.families import Filter, release_filter
+from visionattn.weights.load import classifiers
+from visionattn.weights.locate import added_file, locate
+from visionattn.weights.manifest import checkpoints
+from visionattn.weights.read import read_weights
+
+__all__ = ["with_weights"]
+
+SOURCES = ("url", "file", "state_dict", "hf_hub_id")
+
+_logger = logging.getLogger(__name__)
+
+
+def with_weights(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> tuple[Filter | None, dict]:
+    """Arguments of ``timm.models.build_model_with_cfg`` that make it load what we have fetched and read.
+
+    timm resolves the cfg and adapts stem and classifier as ever. Only where it would open a URL or a file itself, it is
+    handed a note instead, which the returned filter replaces by the tensors. Hubs and folders stay with timm.
+
+    Args:
+        variant: Registered name.
+        pretrained: Whether weights are wanted.
+        kwargs: Arguments of the model and of ``build_model_with_cfg``.
+
+    Returns:
+        The filter and the arguments to pass on.
+
+    Raises:
+        WeightsError: If the weights cannot be had.
+    """
+    rename = release_filter(variant)
+    cfg, overlay = kwargs.get("pretrained_cfg"), dict(kwargs.get("pretrained_cfg_overlay") or {})
+    chosen = cfg if isinstance(cfg, dict) else {}
+    if not any({**chosen, **overlay}.get(key) for key in SOURCES):
+        tag = cfg if isinstance(cfg, str) else chosen.get("tag") or getattr(get_pretrained_cfg(variant), "tag", None)
+        if tag and (file := added_file(f"{variant}.{tag}")).is_file():
+            cfg = kwargs["pretrained_cfg"] = added_cfg(variant, tag, file)
+    if not pretrained:
+        return rename, kwargs
+    resolved = resolve_pretrained_cfg(variant, cfg, overlay)
+    if resolved.source in ("hf-hub", "local-dir") or resolved.state_dict or (resolved.hf_hub_id and not resolved.file):
+        return rename, kwargs
+    name = f"{variant}.{resolved.tag}" if resolved.tag else variant
+    row = {key: value for key, value in dataclasses.asdict(resolved).items() if value is not None}
+    path = locate(name, published(name) | row, kwargs.get("cache_dir"))
+
+    def read_and_rename(note: dict, model: nn.Module) -> dict[str, Tensor]:
+        model.pretrained_cfg.pop("state_dict", None)  # the note; the cfg stays as it was
+        state = read_weights(path)
+        state = state if rename is None else rename(state, model)
+        report(name, path, state, model)
+        return state
+
+    return read_and_rename, kwargs | {"pretrained_cfg_overlay": overlay | {"state_dict": {"file": str(path)}}}
+
+
+def added_cfg(variant: str, tag: str, file: Path) -> dict[str, Any]:
+    """The cfg of weights that were added by hand."""
+    card = read_metadata(file) or {}
+    base = get_pretrained_cfg(variant).to_dict()
+    base = {key: value for key, value in base.items() if key not in SOURCES}
+    own = {key: tuple(v) if isinstance(v, list) else v for key, v in card.get("preprocess", {}).items()}
+    if (classes := card.get("num_classes")) is not None:
+        own["num_classes"] = classes
+    if own.get("input_size", base["input_size"]) != base["input_size"]:
+        base.pop("pool_size", None)
+    return base | own | dict(tag=tag, architecture=variant, file=str(file))
+
+
+def report(name: str, path: Path, state: dict[str, Tensor], model: nn.Module) -> None:
+    """Log what will not be loaded as it is, and refuse a file that lacks a part of the network.
+
+    timm stops being strict as soon as the number of classes differs, so a file with half of the blocks would pass.
+    """
+    own, cfg = model.state_dict(), model.pretrained_cfg
+    _logger.info("%s: %d tensors from %s", name, len(state), path)
+    for head in classifiers(cfg):
+        weight = state.get(head + ".weight")
+        if weight is not None and model.num_classes != cfg.get("num_classes"):
+            fate = f"starts anew with {model.num_classes} classes" if head + ".weight" in own else "is left out"
+            _logger.info("%s: classifier %s of %d classes %s", name, head, len(weight), fate)
+    # Detectors and segmenters come without what lies behind the last stage.
+    parts = ("stem.", *(f"{info['module']}." for info in model.feature_info))
+    trunk = [key for key in own if key.startswith(parts) and not key.endswith("num_batches_tracked")]
+    missing = [key for key in trunk if key not in state]
+    if missing:
+        raise WeightsError(
+            f"{path} does not fit {name}. Missing key(s): {some(missing)} of {len(trunk)} in the file's {len(state)} "
+            "tensors. Build the model with the arguments it was trained with, or give the file of this model"
+        )
+
+
+def published(name: str) -> dict[str, Any]:
+    """What the manifest says of ``name`` beyond timm's cfg."""
+    return {key: value for key, value in checkpoints().get(name, {}).items() if key == "by_hand"}
