@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-dense test slow check format gpu bench clean
+.PHONY: help install demo demo-dense test slow check lowest wheel format gpu bench clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -16,7 +16,8 @@ $(VENV)/.installed: pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "visionattn needs Python 3.11 or newer, this is %s; name another one: make PYTHON=python3.12" % sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(if $(LOWEST),$(PYTHON) .ci/lowest.py > $(VENV)/lowest.txt)
+	$(BIN)/python -m pip install --quiet $(if $(LOWEST),--constraint $(VENV)/lowest.txt) --editable '.[dev]'
 	@touch $@
 
 demo: install  ## Train a small VAN on handwritten digits, draw what it learned
@@ -36,6 +37,13 @@ check: install  ## Lint, check the formatting, run the default tests
 	$(BIN)/ruff format --check .
 	$(PYTEST)
 
+lowest: PYTHON = python3.12
+lowest:  ## Run the default tests with the oldest versions that pyproject.toml allows (Python 3.12, or PYTHON=)
+	$(MAKE) test VENV=.venv-lowest LOWEST=1 PYTHON=$(PYTHON)
+
+wheel:  ## Build the package into dist/, install it in an environment of its own and try it there
+	PYTHON=$(PYTHON) .ci/wheel
+
 format: install  ## Format the code and fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -47,5 +55,5 @@ gpu:  ## GPU tests and benchmark with the Python that is there: nothing is insta
 bench: install  ## VAN on this machine's CPU beside its plain composition
 	$(BIN)/python -m visionattn.benchmark models van_b0 van_b2
 
-clean:  ## Remove the environment and what runs left behind
-	rm -rf $(VENV) build dist *.egg-info runs .pytest_cache .ruff_cache
+clean:  ## Remove the environments and what runs left behind
+	rm -rf $(VENV) .venv-lowest build dist *.egg-info runs .pytest_cache .ruff_cache

@@ -8,6 +8,7 @@ values are the same on every platform.
 import gzip
 import json
 import zlib
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,9 @@ from torch import Tensor
 FIXTURES = Path(__file__).parent / "fixtures"
 
 
-def load_fixture(name: str) -> dict:
+def load_fixture(name: str, folder: Path = FIXTURES) -> dict:
     """The fixture ``"family/name"``."""
-    with gzip.open(FIXTURES / f"{name}.json.gz", "rt", encoding="utf-8") as file:
+    with gzip.open(folder / f"{name}.json.gz", "rt", encoding="utf-8") as file:
         return json.load(file)
 
 
@@ -57,11 +58,16 @@ def synth_parameter(name: str, shape: tuple[int, ...]) -> np.ndarray:
     return u.astype(np.float32).reshape(shape)
 
 
+def scaled_names(key: str, names: Collection[str]) -> list[str]:
+    """The parameters that an entry of ``param_scale`` scales: the one of that name, or all whose names end so."""
+    return [key] if key in names else [name for name in names if name.endswith(key)]
+
+
 def fixture_weights(fixture: dict) -> dict[str, Tensor]:
     """Every parameter under the authors' name, with the fixture's ``param_scale`` applied."""
     weights = {name: synth_parameter(name, tuple(shape)) for name, shape in fixture["params"]}
     for key, factor in fixture.get("param_scale", []):
-        for name in [key] if key in weights else [name for name in weights if name.endswith(key)]:
+        for name in scaled_names(key, weights):
             weights[name] = weights[name] * np.float32(factor)
     return {name: torch.from_numpy(np.asarray(value)) for name, value in weights.items()}
 
@@ -81,3 +87,18 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     """``||actual - expected|| / ||expected||`` over all elements, in float64."""
     actual, expected = actual.detach().double().flatten(), expected.double().flatten()
     return (torch.linalg.vector_norm(actual - expected) / torch.linalg.vector_norm(expected)).item()
+
+
+def output_error(fixture: dict, output: Tensor) -> float:
+    """Relative error of an output of the recorded shape."""
+    recorded = fixture["output"]
+    if recorded["values"] is None:
+        return map_error(recorded["sample"], output)
+    assert list(output.shape) == recorded["shape"], (output.shape, recorded["shape"])
+    return relative_error(output, torch.tensor(recorded["values"]))
+
+
+def map_error(recorded: dict, actual: Tensor) -> float:
+    """Relative error of a map of the recorded shape, over the recorded samples."""
+    assert list(actual.shape) == recorded["shape"], (recorded.get("label"), actual.shape, recorded["shape"])
+    return relative_error(actual.reshape(-1)[torch.tensor(recorded["index"])], torch.tensor(recorded["value"]))

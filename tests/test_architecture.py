@@ -154,3 +154,10 @@ def test_unpacked_wheel_works_without_the_checkout(wheel, tmp_path):
         "timm.create_model('van_b0', device='meta'); print('ok')"
     )
     assert run(code, cwd=tmp_path).strip() == "ok"
+
+
+def test_wheel_has_the_version_of_the_source_and_is_typed(wheel):
+    with zipfile.ZipFile(wheel) as packed:
+        (metadata,) = (name for name in packed.namelist() if name.endswith(".dist-info/METADATA"))
+        assert f"\nVersion: {visionattn.__version__}\n" in packed.read(metadata).decode()
+        assert "visionattn/py.typed" in packed.namelist()

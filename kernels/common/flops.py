@@ -1,55 +1,49 @@
 """FLOP formulas of the operators, for ``torch.utils.flop_counter``.
 
-That module imports Triton, so the formulas are handed to it when somebody imports it, not before.
+That module imports Triton, which takes a second. ``import timm`` has done so already, and ``import visionattn`` imports
+timm, so the formulas are there before anybody counts. Only where the operators are imported by themselves do they
+wait: until an operator's file is imported after Triton or the counter.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
+import logging
 import sys
 from collections.abc import Callable
 
 import torch
 
+from visionattn.kernels.common.jit import TRITON_INSTALLED
+
 _COUNTER = "torch.utils.flop_counter"
-_formulas: dict[str, Callable[..., int]] = {}
+_waiting: dict[str, Callable[..., int]] = {}
 
 
 def flop_formula(op: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
     """Decorate the formula of ``torch.ops.visionattn.<op>``, a function of the shapes of the operator's tensors."""
 
     def add(formula: Callable[..., int]) -> Callable[..., int]:
-        _formulas[op] = formula
-        if _COUNTER in sys.modules:
-            _register(sys.modules[_COUNTER])
+        _waiting[op] = formula
+        if not TRITON_INSTALLED or "triton" in sys.modules or _COUNTER in sys.modules:
+            _register()
         return formula
 
     return add
 
 
-def _register(counter) -> None:
-    while _formulas:
-        op, formula = _formulas.popitem()
+def _register() -> None:
+    counter = _import_counter()
+    while _waiting:
+        op, formula = _waiting.popitem()
         counter.register_flop_formula(getattr(torch.ops.visionattn, op))(formula)
 
 
-class _AfterImport:
-    """An entry of ``sys.meta_path`` that leaves it once the counter is imported."""
-
-    def find_spec(self, name, path=None, target=None):
-        if name != _COUNTER:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        run = spec.loader.exec_module
-
-        def run_and_register(module):
-            run(module)
-            _register(module)
-
-        spec.loader.exec_module = run_and_register
-        return spec
-
-
-if _COUNTER not in sys.modules:
-    sys.meta_path.insert(0, _AfterImport())
+def _import_counter():
+    """The counter, without the warning that it cannot count Triton kernels where Triton is missing: none run there."""
+    log = logging.getLogger(_COUNTER)
+    disabled, log.disabled = log.disabled, True
+    try:
+        return importlib.import_module(_COUNTER)
+    finally:
+        log.disabled = disabled
