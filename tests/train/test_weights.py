@@ -23,7 +23,7 @@ def van(**arguments):
         lambda state: {"state_dict": {f"net.{k}": v for k, v in state.items()}},
         lambda state: {"state_dict": {f"net._orig_mod.{k}": v for k, v in state.items()}},
     ],
-    ids=["plain", "nested", "averaged", "ddp", "lightning", "compiled"],
+    ids=["state_dict", "nested", "averaged", "ddp", "lightning", "compiled"],
 )
 def test_weights_load_from_every_common_form(tmp_path, wrap):
     source, target = van(), van()
