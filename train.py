@@ -1,4 +1,4 @@
-"""Train, validate, test and predict: ``python train.py fit -c configs/classify/digits_demo.yaml``."""
+"""Train, validate, test and predict: ``python train.py fit -c configs/classify/van_digits.yaml``."""
 
 from visionattn.train.cli import main
 

@@ -1,4 +1,4 @@
-"""Agent attention in the bodies of DeiT, PVT, Swin and CSwin.
+"""Agent attention in the hosts DeiT, PVT, Swin and CSwin.
 
 Paper: "Agent Attention: On the Integration of Softmax and Linear Attention", Han, Ye, Han, Xia, Pan, Wan, Song, Huang,
 ECCV 2024, arXiv 2312.08874. Original code: LeapLabTHU/Agent-Attention (no licence stated). Same computation; maps of

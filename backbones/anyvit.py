@@ -1,4 +1,4 @@
-"""AnyViT: a plain ViT around any mixer, so that mechanisms are compared with all else equal.
+"""AnyViT: a ViT around any mixer, so that mechanisms are compared with all else equal.
 
 After "An Image is Worth 16x16 Words", Dosovitskiy et al., ICLR 2021, arXiv 2010.11929, and "Better plain ViT
 baselines", Beyer, Zhai, Kolesnikov, 2022, arXiv 2205.01580: 12 pre-norm blocks on patches of 16x16, learned position
@@ -25,7 +25,7 @@ __all__ = ["AnyViT"]
 
 
 class AnyViT(Isotropic):
-    """Plain ViT whose token mixer is an argument.
+    """ViT at one resolution whose token mixer is an argument.
 
     Args:
         in_chans: Channels of the image.

@@ -1,4 +1,4 @@
-"""FLatten: focused linear attention in the bodies of PVT, PVTv2, Swin and CSwin.
+"""FLatten: focused linear attention in the hosts PVT, PVTv2, Swin and CSwin.
 
 Paper: "FLatten Transformer: Vision Transformer using Focused Linear Attention", Han, Pan, Han, Song, Huang, ICCV 2023,
 arXiv 2308.00442. Original code: LeapLabTHU/FLatten-Transformer (no licence stated). Same computation as after its

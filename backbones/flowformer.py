@@ -1,4 +1,4 @@
-"""Flowformer: a pyramid of plain convolutions between stages of flow attention.
+"""Flowformer: a pyramid of ordinary convolutions between stages of flow attention.
 
 Paper: "Flowformer: Linearizing Transformers with Conservation Flows", Wu, Wu, Xu, Wang, Long, ICML 2022, arXiv
 2202.06258. Original code: thuml/Flowformer (MIT), the model of its vision folder. Same computation at the authors'

@@ -1,4 +1,4 @@
-"""InLine attention in the bodies of DeiT, PVT, Swin and CSwin.
+"""InLine attention in the hosts DeiT, PVT, Swin and CSwin.
 
 Paper: "Bridging the Divide: Reconsidering Softmax and Linear Attention", Han, Pu, Xia, Han, Pan, Li, Lu, Song, Huang,
 NeurIPS 2024, arXiv 2412.06590. Original code: LeapLabTHU/InLine (no licence stated). Same computation; nothing in an

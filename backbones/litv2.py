@@ -94,8 +94,8 @@ class LITv2(Pyramid):
         embed_dim: Channels of the first stage; every next one has twice as many.
         depths: Blocks of each stage.
         num_heads: Attention heads of each stage.
-        window_size: Window of each stage's attention: 1 for plain attention, 0 for blocks without attention. An integer
-            stands for the third stage's, between two stages without and one of plain attention.
+        window_size: Window of each stage's attention: 1 for attention between all positions, 0 for blocks without
+            attention. An integer stands for the third stage's; the two before have none, the last has all positions.
         alpha: Share of the heads that attend to the pooled map, 0 to 1.
         mlp_ratio: Hidden over outer width of the MLPs.
         qkv_bias: Whether the projections to queries, keys and values have a bias.

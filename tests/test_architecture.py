@@ -15,12 +15,14 @@ ROOT = Path(visionattn.__file__).resolve().parent.parent
 TOP = {"backbones", "kernels", "configs", "weights"}  # folders of the checkout that install inside the package
 # Low to high: a module imports from its own layer and from lower ones.
 LAYERS = (
-    {"kernels", "weights", "configs", "errors"},
-    {"blocks", "attention", "checkpoints", "norms", "patch_embed", "token_merging"},
-    {"hub"},
-    {"backbone", "features", "isotropic", "natten"},
+    {"errors", "configs"},
+    {"kernels", "weights"},
+    {"layers"},
+    {"attention"},
+    {"frames"},
     {"hosts"},
-    {"backbones", "convert"},
+    {"backbones"},
+    {"features", "natten", "convert"},
     {"train", "benchmark", "weights.commands", "__main__"},
 )
 
@@ -78,6 +80,19 @@ def test_kernels_need_only_torch_and_triton(module):
     assert roots - set(sys.stdlib_module_names) <= {"torch", "triton", "visionattn"}
 
 
+def test_no_module_is_hidden_by_what_its_package_exports():
+    """``import visionattn.kernels.flow`` and ``from visionattn.kernels import flow`` must mean one thing."""
+    code = (
+        "import importlib, sys\n"
+        "for name in sys.argv[1:]:\n"
+        "    package, _, leaf = name.rpartition('.')\n"
+        "    module = importlib.import_module(name)\n"
+        "    if getattr(sys.modules[package], leaf) is not module: print(name)\n"
+    )
+    pytest.importorskip("lightning")  # some modules need what only training does
+    assert run(code, *sorted(set(sources()) - {"visionattn"}), cwd=ROOT).split() == []
+
+
 def test_nothing_is_imported_by_its_folder_s_bare_name():
     for module, path in sources().items():
         bare = {name.split(".")[0] for name in imported(path)} & TOP
@@ -90,8 +105,9 @@ def test_private_names_of_timm_are_imported_in_one_place():
     assert users == {"visionattn.frames.backbone"}
 
 
-def run(code: str, **kwargs) -> str:
-    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, **kwargs).stdout
+def run(code: str, *args: str, **kwargs) -> str:
+    command = [sys.executable, "-c", code, *args]
+    return subprocess.run(command, check=True, capture_output=True, text=True, **kwargs).stdout
 
 
 def test_import_is_light():

@@ -188,7 +188,7 @@ def test_what_the_benchmark_compares_is_the_same_model(make):
 
 # --- other mixers ----------------------------------------------------------------------------------------------------
 
-BODIES = {
+MODELS = {
     "vit": vit,
     "vit without class token": lambda: vit("vit_base_patch16_gap_224"),
     "vit of any size": lambda: vit(dynamic_img_size=True),
@@ -198,9 +198,9 @@ BODIES = {
 
 
 @pytest.mark.parametrize("mixer", GLOBAL)
-@pytest.mark.parametrize("body", BODIES)
-def test_every_mixer_in_every_body(body, mixer):
-    model = BODIES[body]()
+@pytest.mark.parametrize("kind", MODELS)
+def test_every_mixer_in_every_model(kind, mixer):
+    model = MODELS[kind]()
     old = dict(model.named_parameters())
     report = replace_attention(model, mixer)
     new = dict(model.named_parameters())
@@ -208,10 +208,10 @@ def test_every_mixer_in_every_body(body, mixer):
     assert set(report.new) == new.keys() - old.keys() and set(report.dropped) == old.keys() - new.keys()
     assert all(new[name] is old[name] for name in new.keys() & old.keys())
     assert {"qkv.weight", "qkv.bias", "proj.weight", "proj.bias"} <= {n.split(".attn.")[-1] for n in report.kept}
-    x = image(*((48, 80) if "any" in body else ()))
+    x = image(*((48, 80) if "any" in kind else ()))
     model.train()(x).sum().backward()
     assert all(new[name].grad is not None for name in (*report.new, *report.kept))
-    again = swapped(BODIES[body](), mixer)
+    again = swapped(MODELS[kind](), mixer)
     again.load_state_dict(model.state_dict())
     torch.testing.assert_close(again.eval()(x), model.eval()(x))
 
@@ -380,8 +380,8 @@ def test_features_and_intermediates_and_heads():
     torch.testing.assert_close(pruned.forward_intermediates(x, 1, intermediates_only=True)[0], maps[1])
     model.reset_classifier(7)
     assert model(x).shape == (2, 7)
-    body = timm.create_model("swin_tiny_patch4_window7_224", features_only=True, **SWIN)
-    assert "layers_0.blocks.1.attn" in replace_attention(body, "window").replaced
+    backbone = timm.create_model("swin_tiny_patch4_window7_224", features_only=True, **SWIN)
+    assert "layers_0.blocks.1.attn" in replace_attention(backbone, "window").replaced
     getter = timm.create_model("vit_tiny_patch16_224", features_only=True, **VIT)
     assert replace_attention(getter, "agent").replaced[0] == "model.blocks.0.attn" and len(getter(x)) == 3
     graph = timm.create_model("vit_tiny_patch16_224", features_only=True, feature_cls="fx", **VIT)
@@ -452,7 +452,7 @@ IMPOSSIBLE = {
     "width of heads": (lambda: swin(head_dim=8), "window", "its 2 heads have 16 channels together, not 8"),
     "scale": (rescaled, "softmax", "blocks.2.attn: scale is 0.1"),
     "hooks": (hooked, "softmax", "blocks.1.attn: its hooks"),
-    "not a plain layer": (lora, "softmax", "blocks.2.attn: qkv is Parametrized"),
+    "not a layer itself": (lora, "softmax", "blocks.2.attn: qkv is Parametrized"),
     "rotary embedding": (lambda: vit("vit_small_patch16_rope_224"), "softmax", "it has .*Attention"),
     "swin v2": (lambda: timm.create_model("swinv2_tiny_window8_256", depths=(1, 1)), "window", "it has Window"),
     "blocks of another kind": (lambda: vit("vit_small_patch16_18x2_224"), "softmax", "Attention in Sequential;"),

@@ -1,27 +1,12 @@
 """The detection and segmentation code of others on our backbones, as docs/dense.md shows it."""
 
-import re
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import timm
 import torch
 
-import visionattn
 from visionattn.features import FeatureBackbone, FPNBackbone
 
-ROOT = Path(visionattn.__file__).resolve().parent.parent
-DOCS = (ROOT / "docs" / "dense.md").read_text(encoding="utf-8")
-SNIPPETS = re.findall(r"```python\n(.*?)```", DOCS, re.S)
 TINY = dict(embed_dims=(8, 16, 16, 24), depths=(1, 1, 1, 1), mlp_ratios=(2, 2, 2, 2))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", range(len(SNIPPETS)))
-def test_examples_run(number):
-    subprocess.run([sys.executable, "-c", SNIPPETS[number]], cwd=ROOT, check=True)
 
 
 def test_torchvision_detectors_train_on_our_pyramid():

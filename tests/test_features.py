@@ -40,10 +40,10 @@ def test_outputs_can_be_chosen():
 
 
 def test_output_norms_touch_the_outputs_only():
-    plain, normed = backbone().eval(), backbone(output_norm=(1, 3), output_norm_eps=1e-6).eval()
-    normed.model.load_state_dict(plain.model.state_dict())
+    bare, normed = backbone().eval(), backbone(output_norm=(1, 3), output_norm_eps=1e-6).eval()
+    normed.model.load_state_dict(bare.model.state_dict())
     x = torch.randn(1, 3, 64, 64)
-    for i, (a, b) in enumerate(zip(plain(x), normed(x), strict=True)):
+    for i, (a, b) in enumerate(zip(bare(x), normed(x), strict=True)):
         if i in (1, 3):
             a = nn.functional.layer_norm(a.permute(0, 2, 3, 1), a.shape[1:2], eps=1e-6).permute(0, 3, 1, 2)
         torch.testing.assert_close(a, b)
@@ -138,7 +138,7 @@ def test_the_pyramid_has_what_torchvision_s_detectors_read(extra, levels):
     assert all(y.shape[1] == 16 for y in maps.values())
 
 
-def test_a_detector_on_a_shared_body_loads_with_its_norms():
+def test_a_detector_on_a_shared_backbone_loads_with_its_norms():
     """The family is that of the registered name, not of the class, which several families share."""
     arguments = dict(embed_dim=32, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 4), output_norm=True)
     source, target = (FeatureBackbone("agent_swin_t", **arguments) for _ in range(2))

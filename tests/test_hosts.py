@@ -1,4 +1,4 @@
-"""The bodies and the mixers inside them: what parity and the contract cannot see."""
+"""The hosts and the mixers inside them: what parity and the contract cannot see."""
 
 import warnings
 
@@ -121,7 +121,7 @@ def test_parameter_count(name):
 
 @pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize("mixer", MIXERS)
-def test_every_body_takes_every_mixer_at_every_size(host, mixer):
+def test_every_host_takes_every_mixer_at_every_size(host, mixer):
     model = host(mixer=f"visionattn.attention.{mixer.__name__}", **HOSTS[host]).eval()
     assert any(isinstance(module, mixer) for module in model.modules())
     for size in ((70, 50), (20, 100)):
@@ -156,7 +156,7 @@ class Roll(Mixer):
 
 
 @pytest.mark.parametrize("host", HOSTS)
-def test_a_mixer_of_one_s_own_works_in_every_body(host):
+def test_a_mixer_of_one_s_own_works_in_every_host(host):
     model = host(mixer=Roll, **HOSTS[host])
     model(torch.randn(2, 3, 64, 64)).sum().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad) or host is DeiT
@@ -171,8 +171,8 @@ def test_mixers_take_the_first_blocks_of_a_stage():
 @pytest.mark.parametrize(
     ("host", "mixer", "lacks"), [(Swin, "hedgehog", "input_size"), (CSwin, "window", "lepe, stream")]
 )
-def test_a_mixer_that_does_not_fit_a_body_is_refused(host, mixer, lacks):
-    with pytest.raises(ValueError, match=f"mixer '{mixer}' does not fit this body.* it has no {lacks}"):
+def test_a_mixer_that_does_not_fit_a_host_is_refused(host, mixer, lacks):
+    with pytest.raises(ValueError, match=f"mixer '{mixer}' does not fit this host.* it has no {lacks}"):
         host(mixer=mixer)
 
 
@@ -350,7 +350,7 @@ def test_an_empty_batch():
         assert cls(8, 2)(torch.randn(0, 9, 11, 8)).shape == (0, 9, 11, 8)
 
 
-# --- the bodies' own attention ---------------------------------------------------------------------------------------
+# --- the hosts' own attention ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [(6, 6), (7, 8), (3, 3), (2, 5)])
@@ -393,10 +393,10 @@ def test_a_map_not_larger_than_a_window_is_shifted_only_where_the_authors_shift_
         shifted = key[0] is not False
         assert torch.allclose(results[key], still(x), atol=1e-6) != shifted
     at_home = WindowAttention(8, 2, 7, True, None, (7, 7)).eval()
-    plain = WindowAttention(8, 2, 7, False, None, (7, 7)).eval()
-    plain.load_state_dict(at_home.state_dict())
+    unshifted = WindowAttention(8, 2, 7, False, None, (7, 7)).eval()
+    unshifted.load_state_dict(at_home.state_dict())
     x = torch.randn(1, 7, 7, 8)
-    torch.testing.assert_close(at_home(x), plain(x))
+    torch.testing.assert_close(at_home(x), unshifted(x))
 
 
 @pytest.mark.parametrize("size", [(6, 8), (7, 5), (1, 9)])

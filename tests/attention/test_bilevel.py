@@ -36,11 +36,11 @@ def sampled(fixture, label):
     return found["shape"], torch.tensor(found["index"]), torch.tensor(found["value"])
 
 
-@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("exportable", [False, True])
 @pytest.mark.parametrize("name", ROUTED)
-def test_routed_attention_equals_the_authors(name, plain):
+def test_routed_attention_equals_the_authors(name, exportable):
     fixture, layer, x = load(name, BiLevelRoutingAttention, **ROUTED[name])
-    layer.plain = plain
+    layer.exportable = exportable
     with torch.no_grad():
         y = layer(x).permute(0, 3, 1, 2)
     assert relative_error(y, torch.tensor(fixture["output"]["values"])) < 1e-6  # rounding alone gives 2e-7
@@ -141,9 +141,9 @@ def test_every_option_equals_loops(options, size):
     x = torch.randn(2, *size, 8, dtype=torch.float64, requires_grad=True)
     parameters = [x, *layer.parameters()]
     results = []
-    for plain in (False, True, None):
-        layer.plain = bool(plain)
-        y = by_hand(layer, x) if plain is None else layer(x)
+    for exportable in (False, True, None):
+        layer.exportable = bool(exportable)
+        y = by_hand(layer, x) if exportable is None else layer(x)
         results.append([y, *torch.autograd.grad(y.square().sum(), parameters)])
     torch.testing.assert_close(results[0], results[2])
     torch.testing.assert_close(results[1], results[2])

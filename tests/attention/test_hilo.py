@@ -123,17 +123,17 @@ def test_low_frequency_heads_are_rounded_down_and_window_1_has_no_others(heads, 
     }
 
 
-def test_window_1_is_plain_attention():
+def test_window_1_is_softmax_attention():
     layer = HiLoAttention(8, 2, 1, dtype=torch.float64)
-    plain = torch.nn.MultiheadAttention(8, 2, batch_first=True, dtype=torch.float64)
+    softmax = torch.nn.MultiheadAttention(8, 2, batch_first=True, dtype=torch.float64)
     state = layer.state_dict()
     for kind in ("weight", "bias"):
         joined = torch.cat([state[f"l_q.{kind}"], state[f"l_kv.{kind}"]])
-        plain.get_parameter(f"in_proj_{kind}").data = joined
-        plain.get_parameter(f"out_proj.{kind}").data = state[f"l_proj.{kind}"]
+        softmax.get_parameter(f"in_proj_{kind}").data = joined
+        softmax.get_parameter(f"out_proj.{kind}").data = state[f"l_proj.{kind}"]
     x = torch.randn(2, 3, 5, 8, dtype=torch.float64)
     tokens = x.flatten(1, 2)
-    torch.testing.assert_close(layer(x).flatten(1, 2), plain(tokens, tokens, tokens)[0])
+    torch.testing.assert_close(layer(x).flatten(1, 2), softmax(tokens, tokens, tokens)[0])
 
 
 def test_fused_attention_can_be_switched_off():

@@ -46,12 +46,12 @@ def double(*args, **kwargs):
     return layer
 
 
-def on_plain_operators(layer):
-    layer.plain = True
+def made_for_export(layer):
+    layer.exportable = True
     return layer
 
 
-paths = pytest.mark.parametrize("path", [lambda layer: layer, on_plain_operators], ids=["fused", "plain"])
+paths = pytest.mark.parametrize("path", [lambda layer: layer, made_for_export], ids=["fused", "exportable"])
 
 
 @paths
@@ -150,13 +150,13 @@ def test_rotary_embedding_changes_the_output():
     assert not torch.allclose(layer(x), rotated)
 
 
-def test_plain_operators_give_the_same_gradients():
+def test_layers_made_for_export_give_the_same_gradients():
     layer = double(12, 2, kernel_size=3, dilation=2).train()
     x = torch.randn(2, 7, 8, 12, dtype=torch.float64, requires_grad=True)
     leaves = [x, *layer.parameters()]
     fused = torch.autograd.grad(layer(x).square().sum(), leaves)
-    plain = torch.autograd.grad(on_plain_operators(layer)(x).square().sum(), leaves)
-    for actual, expected in zip(fused, plain, strict=True):
+    exportable = torch.autograd.grad(made_for_export(layer)(x).square().sum(), leaves)
+    for actual, expected in zip(fused, exportable, strict=True):
         torch.testing.assert_close(actual, expected)
 
 
@@ -184,10 +184,10 @@ def test_scripts(kwargs):
         torch.testing.assert_close(scripted(x), layer(x))
 
 
-def test_switches_of_timm_choose_plain_operators():
+def test_switches_of_timm_make_layers_for_export():
     with timm.layers.set_exportable(True):
-        assert NeighborhoodAttention(8, 2).plain
-    assert not NeighborhoodAttention(8, 2).plain
+        assert NeighborhoodAttention(8, 2).exportable
+    assert not NeighborhoodAttention(8, 2).exportable
 
 
 def test_projection_is_read_in_place(monkeypatch):

@@ -10,7 +10,7 @@ import visionattn.attention
 from visionattn.attention import LargeKernelAttention, SoftmaxAttention
 
 TINY = dict(img_size=8, patch_size=2, embed_dim=32, depth=2, num_heads=2, mlp_ratio=2, num_classes=10, in_chans=1)
-PLAIN = dict(rotary=False, lepe_kernel=0, gate=False)
+BARE = dict(rotary=False, lepe_kernel=0, gate=False)
 
 
 class LargeKernelMixer(LargeKernelAttention):
@@ -32,11 +32,11 @@ MIXERS = {
     "flow": ("FlowAttention", {}, 0.8),
     "hedgehog": ("HedgehogAttention", {}, 0.65),
     "hedgehog_window": ("HedgehogAttention", dict(causal=True, window=4), 0.75),
-    "elu+1": ("LinearAttention", dict(feature_map="elu+1", **PLAIN), 0.75),
-    "relu2": ("LinearAttention", dict(feature_map="relu2", **PLAIN), 0.8),
-    "softmax_features": ("LinearAttention", dict(feature_map="softmax", **PLAIN), 0.75),
-    "focused": ("LinearAttention", dict(feature_map="focused", normalizer="mean", **PLAIN), 0.75),
-    "inline": ("LinearAttention", dict(feature_map="identity", normalizer="inline", **PLAIN), 0.8),
+    "elu+1": ("LinearAttention", dict(feature_map="elu+1", **BARE), 0.75),
+    "relu2": ("LinearAttention", dict(feature_map="relu2", **BARE), 0.8),
+    "softmax_features": ("LinearAttention", dict(feature_map="softmax", **BARE), 0.75),
+    "focused": ("LinearAttention", dict(feature_map="focused", normalizer="mean", **BARE), 0.75),
+    "inline": ("LinearAttention", dict(feature_map="identity", normalizer="inline", **BARE), 0.8),
     "rala": ("RankAugmentedAttention", {}, 0.9),
     "mala": ("MagnitudeAwareAttention", {}, 0.9),
     "rotary": ("RotaryAttention", {}, 0.9),

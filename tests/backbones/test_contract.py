@@ -398,8 +398,8 @@ def test_layer_decay_groups(name):
     optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.05, layer_decay=0.5)
     scales = {group["lr_scale"] for group in optimizer.param_groups}
     assert len(scales) > 4 and max(scales) == 1.0
-    plain = [p for g in optimizer.param_groups if g["weight_decay"] == 0 for p in g["params"]]
-    assert len(plain) >= sum(p.ndim <= 1 for p in model.parameters())
+    undecayed = [p for g in optimizer.param_groups if g["weight_decay"] == 0 for p in g["params"]]
+    assert len(undecayed) >= sum(p.ndim <= 1 for p in model.parameters())
 
 
 @each_family

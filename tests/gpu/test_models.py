@@ -25,7 +25,7 @@ SIZES = [(96, 96), (97, 131)]  # the odd one leaves remainders in every tile and
 
 
 @pytest.fixture(autouse=True)
-def _plain_float32():
+def _exact_float32():
     """TF32 rounds to ten bits; the comparisons below are of float32 with float32."""
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False

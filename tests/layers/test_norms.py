@@ -97,7 +97,7 @@ def test_statistics_are_estimated_anew_without_training():
     norm = PRepBN(3, total_step=1)
     frozen = nn.Dropout(0.5).eval()
     model = nn.Sequential(norm, frozen)
-    norm.norm2.bn.momentum = None  # the plain average
+    norm.norm2.bn.momentum = None  # an average of equal weights
     estimate_statistics(model, [ramp(t) for t in range(3)])
     expected = torch.stack([ramp(t)[0].mean(0) for t in range(3)]).mean(0)
     torch.testing.assert_close(norm.norm2.bn.running_mean, expected)

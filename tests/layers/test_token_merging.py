@@ -29,10 +29,10 @@ def by_torchvision(layer, x):
     return F.gelu(layer.norm(y))
 
 
-@pytest.fixture(params=["embedding_bag", "plain"])
+@pytest.fixture(params=["embedding_bag", "exportable"])
 def path(request, monkeypatch):
     """Both ways to sample."""
-    if request.param == "plain":
+    if request.param == "exportable":
         monkeypatch.setattr(token_merging, "exporting", lambda: True)
     else:
         monkeypatch.setattr(token_merging, "_weighted_rows", None)
@@ -79,7 +79,7 @@ def test_samples_are_interpolated_and_zero_outside():
     assert not bilinear_sample(x, far, far).any()
 
 
-def test_starts_as_a_plain_convolution():
+def test_starts_as_an_ordinary_convolution():
     layer = DeformableTokenMerging(4, 6).eval()
     assert not any(p.any() for p in layer.conv_offset.parameters())
     weight = layer.proj.weight.unflatten(1, (2, 2, -1)).permute(0, 3, 1, 2)

@@ -43,7 +43,7 @@ def test_a_run_leaves_checkpoints_weights_logs_and_its_configuration(run_dir):
     assert rows(run_dir, "train/unreadable_images") == [0] * 4
 
 
-def test_checkpoints_load_without_running_code_and_hold_plain_settings(run_dir):
+def test_checkpoints_load_without_running_code_and_hold_settings_as_json(run_dir):
     checkpoint = torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
     json.dumps(checkpoint["hyper_parameters"])
     assert not any("_orig_mod" in key for key in checkpoint["state_dict"])
@@ -121,7 +121,7 @@ def test_another_data_set_than_the_checkpoint_knows_is_refused(run_dir, folder):
         run(["validate", *flags])
 
 
-def test_compiled_models_write_plain_checkpoint_keys(fit, tmp_path, monkeypatch):
+def test_compiled_models_write_ordinary_checkpoint_keys(fit, tmp_path, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, *_, **__: compiled.append(type(self).__name__))
     fit(tmp_path, "--trainer.max_epochs=1", "--model.compile=true")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from timm.layers import is_exportable, is_scriptable, register_notrace_module
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from visionattn.kernels import bilevel_routing_attention, crop_map, exporting, pad_map
@@ -18,6 +18,7 @@ from visionattn.kernels.bilevel import (
     to_regions,
 )
 from visionattn.layers.blocks import DepthwiseConv, Linear
+from visionattn.layers.switches import built_for_export
 
 __all__ = ["BiLevelRoutingAttention", "LePEAttention"]
 
@@ -112,7 +113,7 @@ class BiLevelRoutingAttention(nn.Module):
             raise ValueError("param_routing=True needs diff_routing=True, got diff_routing=False")
         if diff_routing and not soft_routing:
             raise ValueError("diff_routing=True needs soft_routing=True, got soft_routing=False")
-        self.plain = is_exportable() or is_scriptable()  # timm's switches: layers built under them use plain operators
+        self.exportable = built_for_export()
         self.scale = float(qk_scale if qk_scale is not None else self.qk_dim**-0.5)
         pooled = kv_downsample_mode.startswith("ada") or (kv_downsample_mode != "identity" and kv_downsample_ratio > 1)
         self.kv_downsample_mode = kv_downsample_mode if pooled else "identity"
@@ -158,8 +159,8 @@ class BiLevelRoutingAttention(nn.Module):
         if self.generation == "legacy":
             x = pad_map(x, grid[0] * grid[1], grid[2] * grid[3])
         q, k, v = self.qkv(x).split([self.qk_dim, self.qk_dim, self.dim], -1)
-        if torch.jit.is_scripting() or self.plain:
-            y = self._plain(q, k, v, grid)
+        if torch.jit.is_scripting() or self.exportable:
+            y = self._for_export(q, k, v, grid)
         else:
             y = self._fused(q, k, v, grid)
         if self.has_lepe:
@@ -182,7 +183,7 @@ class BiLevelRoutingAttention(nn.Module):
     @torch.jit.unused
     def _fused(self, q: Tensor, k: Tensor, v: Tensor, grid: list[int]) -> Tensor:
         if exporting():
-            return self._plain(q, k, v, grid)
+            return self._for_export(q, k, v, grid)
         down, rows, across, columns = grid
         heads = [t.unflatten(-1, [self.num_heads, -1]) for t in (q, k, v)]
         if self.kv_downsample_mode == "identity" and not self.soft_routing:
@@ -199,8 +200,8 @@ class BiLevelRoutingAttention(nn.Module):
         )
         return y.flatten(-2)
 
-    def _plain(self, q: Tensor, k: Tensor, v: Tensor, grid: list[int]) -> Tensor:
-        """Plain operators that leave all sizes dynamic."""
+    def _for_export(self, q: Tensor, k: Tensor, v: Tensor, grid: list[int]) -> Tensor:
+        """PyTorch's own operators, which leave all sizes dynamic."""
         h = self.num_heads
         H, W = q.shape[1], q.shape[2]
         routes, weights = self._route(q, k, grid)
@@ -265,7 +266,7 @@ class LePEAttention(nn.Module):
         num_heads: Attention heads; they divide ``dim``.
         qkv_bias: Whether the projection to queries, keys and values has a bias.
         side_dwconv: Kernel side of ``lepe``, odd.
-        lepe: What is convolved, ``"input"`` or ``"value"``; ``"none"`` for plain attention.
+        lepe: What is convolved, ``"input"`` or ``"value"``; ``"none"`` for attention alone.
 
     Raises:
         ValueError: If an argument is not one of the allowed.

@@ -178,12 +178,12 @@ class HedgehogAttention(SelfAttention):
         else:
             return self._record(q.detach(), k.detach(), v.detach())
 
-    def _student(self, q: Tensor, k: Tensor, v: Tensor, plain: bool) -> Tensor:
+    def _student(self, q: Tensor, k: Tensor, v: Tensor, scripted: bool) -> Tensor:
         query, key = self.feature_map_q(q), self.feature_map_k(k)
         factors = self.window_factors
         if factors is not None:
             return window_attention(q, k, v, query, key, factors, self.window)
-        if plain:
+        if scripted:
             if self.causal:
                 total = causal_sums(query, key, torch.ones_like(query[..., :1]))
                 return (causal_sums(query, key, precise(v)) / (total + self.eps)).to(v.dtype)

@@ -2,12 +2,13 @@
 
 import torch
 import torch.nn.functional as F
-from timm.layers import is_exportable, is_scriptable, register_notrace_module, use_fused_attn
+from timm.layers import register_notrace_module, use_fused_attn
 from torch import Tensor, nn
 
 from visionattn.kernels import linear_attention, precise, rotary_tables
 from visionattn.kernels.linear_attn import FEATURE_MAPS, NORMALIZERS, features, mix, rotate_pairs
 from visionattn.layers.blocks import Linear, in_slices
+from visionattn.layers.switches import built_for_export
 
 __all__ = ["LinearAttention", "MagnitudeAwareAttention", "RankAugmentedAttention", "RotaryAttention"]
 
@@ -54,7 +55,7 @@ class MapAttention(nn.Module):
         self.rotary = rotary
         self.gate = gate
         self.scale = self.head_dim**-0.5 if scale is None else float(scale)
-        self.plain = is_exportable() or is_scriptable()  # timm's switches: layers built under them use plain operators
+        self.exportable = built_for_export()
         self.qkv = Linear(dim, (4 if gate else 3) * dim, bias=qkv_bias, **dd)  # q, k, v and the gate
         if lepe_kernel:
             self.lepe = nn.Conv2d(dim, dim, lepe_kernel, padding=lepe_kernel // 2, groups=dim, **dd)
@@ -151,7 +152,7 @@ class LinearAttention(MapAttention):
         gate: Tensor | None,
     ) -> Tensor:
         if torch.jit.is_scripting():
-            return self._plain(q, k, v, rotary, residual, gate)
+            return self._scripted(q, k, v, rotary, residual, gate)
         else:
             return self._fused(q, k, v, rotary, residual, gate)
 
@@ -165,13 +166,13 @@ class LinearAttention(MapAttention):
         residual: Tensor | None,
         gate: Tensor | None,
     ) -> Tensor:
-        backend = "torch" if self.plain else None
+        backend = "torch" if self.exportable else None
         return linear_attention(
             q, k, v, self.feature_map, self.normalizer, self.scale, self.eps, rotary, None, self.rank_augmented,
             residual=residual, gate=gate, backend=backend,
         )  # fmt: skip
 
-    def _plain(
+    def _scripted(
         self,
         q: Tensor,
         k: Tensor,

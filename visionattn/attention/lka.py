@@ -1,10 +1,11 @@
 """Large kernel attention: a 19x19 depthwise receptive field, mixed across channels, gates its own input."""
 
 import torch
-from timm.layers import is_exportable, is_scriptable, register_notrace_function
+from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
 from visionattn.kernels import depthwise_conv2d, gated_pointwise
+from visionattn.layers.switches import built_for_export
 
 __all__ = ["LargeKernelAttention"]
 
@@ -26,13 +27,13 @@ class LargeKernelAttention(nn.Module):
     def __init__(self, dim: int, device=None, dtype=None) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        self.plain = is_exportable() or is_scriptable()  # timm's switches: layers built under them use plain modules
+        self.exportable = built_for_export()
         self.conv0 = nn.Conv2d(dim, dim, 5, padding=2, groups=dim, **dd)
         self.conv_spatial = nn.Conv2d(dim, dim, 7, padding=9, dilation=3, groups=dim, **dd)
         self.conv1 = nn.Conv2d(dim, dim, 1, **dd)
 
     def forward(self, u: Tensor) -> Tensor:
-        if torch.jit.is_scripting() or self.plain:
+        if torch.jit.is_scripting() or self.exportable:
             return u * self.conv1(self.conv_spatial(self.conv0(u)))
         else:
             return self._fused(u)

@@ -9,13 +9,13 @@ from importlib import import_module
 
 import torch
 import torch.nn.functional as F
-from timm.layers import is_exportable, is_scriptable
 from torch import Tensor, nn
 
 from visionattn.kernels import exporting, focused, linear_attention, precise
 from visionattn.kernels.linear_attn import features, mix
 from visionattn.layers.blocks import Linear
 from visionattn.layers.norms import fold_before
+from visionattn.layers.switches import built_for_export
 
 __all__ = ["LinearMixer", "Mixer", "MixerLike", "find_mixer", "short_names", "unknown_size"]
 
@@ -139,7 +139,7 @@ class LinearMixer(Mixer):
     def __init__(self, dim: int, num_heads: int, **host) -> None:
         super().__init__(dim, num_heads, **host)
         self.eps = EPS
-        self.plain = is_exportable() or is_scriptable()  # timm's switches: layers built under them use plain operators
+        self.exportable = built_for_export()
 
     def mix(
         self,
@@ -189,7 +189,7 @@ class LinearMixer(Mixer):
         normalizer: str,
         sharpness: Tensor | None,
     ) -> Tensor:
-        backend = "torch" if self.plain else None
+        backend = "torch" if self.exportable else None
         features_of = feature_map if sharpness is None else partial(focused, scale=sharpness, backend=backend)
         options = dict(residual=residual, backend=backend)
         return linear_attention(q, k, v, features_of, normalizer, self.scale, self.eps, **options)

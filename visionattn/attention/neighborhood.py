@@ -4,11 +4,12 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from timm.layers import is_exportable, is_scriptable, register_notrace_module, trunc_normal_
+from timm.layers import register_notrace_module, trunc_normal_
 from torch import Tensor, nn
 
 from visionattn.kernels import exporting, neighborhood_attention, neighborhood_attention_export
 from visionattn.layers.blocks import Linear
+from visionattn.layers.switches import built_for_export
 
 __all__ = ["NeighborhoodAttention"]
 
@@ -86,7 +87,7 @@ class NeighborhoodAttention(nn.Module):
         self.position = position
         self.small_maps = small_maps
         self.rope_theta = rope_theta
-        self.plain = is_exportable() or is_scriptable()  # timm's switches: layers built under them use plain operators
+        self.exportable = built_for_export()
         self.qkv = Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         if position == "bias":
             self.rpb = nn.Parameter(torch.empty(num_heads, *(2 * K - 1 for K in self.kernel_size), **dd))
@@ -121,7 +122,7 @@ class NeighborhoodAttention(nn.Module):
             cos, sin = _rotation(x.shape[1:-1], self.head_dim, self.rope_theta, q)
             q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
         drop = self.attn_drop.p if self.training else 0.0
-        if torch.jit.is_scripting() or self.plain or drop > 0.0:
+        if torch.jit.is_scripting() or self.exportable or drop > 0.0:
             y = neighborhood_attention_export(q, k, v, kernel_size, dilation, rpb, self.is_causal, self.scale, drop)
         else:
             y = self._fused(q, k, v, kernel_size, dilation, rpb)

@@ -1,12 +1,13 @@
 """Window attention of Swin. B batch, H rows, W columns, C channels, h heads, D head dim."""
 
 import torch
-from timm.layers import is_exportable, is_scriptable, register_notrace_module, trunc_normal_
+from timm.layers import register_notrace_module, trunc_normal_
 from torch import Tensor, nn
 
 from visionattn.attention.mixer import Mixer, unknown_size
 from visionattn.kernels import window_attention, window_attention_export
 from visionattn.kernels.window import MASKED
+from visionattn.layers.switches import built_for_export
 
 __all__ = ["WindowAttention"]
 
@@ -49,7 +50,7 @@ class WindowAttention(Mixer):
             raise ValueError(f"window_size must be positive, got {window_size}")
         self.window_size = min(window_size, input_size[0], input_size[1])
         self.masked = MASKED
-        self.plain = is_exportable() or is_scriptable()  # timm's switches: layers built under them use plain operators
+        self.exportable = built_for_export()
         self.shift = shift
         self.shift_small_maps = shift_small_maps
         self.input_size = (int(input_size[0]), int(input_size[1]))
@@ -86,7 +87,7 @@ class WindowAttention(Mixer):
             shifted = self._shifted_any_size(H, W, qkv.device) if shift else None
             return window_attention_export(qkv, window, [shift, shift], *arguments, True, shifted)
         shift = shift if self.shifted(H, W) else 0
-        return window_attention(qkv, window, shift, *arguments, "torch" if self.plain else None)
+        return window_attention(qkv, window, shift, *arguments, "torch" if self.exportable else None)
 
     def shifted(self, H: int, W: int) -> bool:
         """Whether windows of a map of some size are shifted, if those of the module are."""

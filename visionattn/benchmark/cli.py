@@ -257,13 +257,13 @@ GPU_SET = (
     "ops lka --device cuda --seconds 1 --repeats 50 --candidates "
     "reference,reference+channels_last,torch+channels_last,triton+channels_last,reference+channels_last+compile",
     "ops neighborhood7 --device cuda --seconds 0.5 --repeats 50",
-    "ops neighborhood7_plain neighborhood7_dilated --device cuda --seconds 0.3 --repeats 30 --candidates "
+    "ops neighborhood7_nobias neighborhood7_dilated --device cuda --seconds 0.3 --repeats 30 --candidates "
     "reference,torch,triton,masked_sdpa",
     "ops neighborhood7 --device cuda --batch 32 --sizes nat_512 --seconds 0.3 --repeats 20 --candidates "
     "reference,torch,triton,masked_sdpa",
     "ops neighborhood7 --device cuda --batch 8 --sizes nat_1024 --seconds 0.3 --repeats 20 --candidates "
     "torch,triton,masked_sdpa",
-    "ops neighborhood7_plain --device cuda --sizes 56x56x64 --seconds 0.3 --repeats 30 --candidates triton,flex",
+    "ops neighborhood7_nobias --device cuda --sizes 56x56x64 --seconds 0.3 --repeats 30 --candidates triton,flex",
     "ops neighborhood7 --device cuda --batch 8 --sizes 128x128x64 --seconds 0.3 --repeats 30 --candidates triton,flex",
     "ops rala mala --device cuda --seconds 0.3 --repeats 30",
     "ops window7 window7_shifted --device cuda --seconds 0.3 --repeats 30 --candidates timm,torch,triton,timm+compile",

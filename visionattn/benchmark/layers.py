@@ -87,10 +87,10 @@ def _window(size: Size, shift: bool) -> dict[str, Callable[[], nn.Module]]:
 
 
 def _mixers(size: Size) -> dict[str, Callable[[], nn.Module]]:
-    plain = dict(rotary=False, lepe_kernel=0, gate=False)
+    bare = dict(rotary=False, lepe_kernel=0, gate=False)
     mixers = {
         "softmax": SoftmaxAttention,
-        "elu+1": partial(LinearAttention, feature_map="elu+1", **plain),
+        "elu+1": partial(LinearAttention, feature_map="elu+1", **bare),
         "flow": FlowAttention,
         "hedgehog": HedgehogAttention,
         "rala": RankAugmentedAttention,

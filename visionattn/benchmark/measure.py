@@ -35,8 +35,8 @@ class Timer:
     On the CPU this is the wall clock, or the processor time of all threads together (``clock="cpu"``), which other
     programs on the machine disturb less; with one thread and nothing else running the two agree. On a GPU it is the
     time between two device events; with ``device_time`` the device is first given a long memory fill, which evicts the
-    L2 cache and keeps the device busy while the host queues the call. The events then enclose kernels back to back and
-    not the host's launch overhead.
+    L2 cache and keeps the device busy while the CPU queues the call. The events then enclose kernels back to back and
+    not the CPU's launch overhead.
 
     Args:
         device: Where the calls run.
@@ -64,7 +64,7 @@ class Timer:
         return start.elapsed_time(end) / 1e3
 
     def launch_seconds(self, call: Callable[[], object]) -> float:
-        """How long the host is busy queueing ``call``; 0 where nothing has to be hidden."""
+        """How long the CPU is busy queueing ``call``; 0 where nothing has to be hidden."""
         if self.buffer is None:
             return 0.0
         torch.cuda.synchronize(self.device)
@@ -75,14 +75,14 @@ class Timer:
         return queued
 
     def __call__(self, call: Callable[[], object], launch_seconds: float = 0.0) -> float:
-        """Seconds that ``call`` takes; ``launch_seconds`` of it are the host's and get hidden."""
+        """Seconds that ``call`` takes; ``launch_seconds`` of it are the CPU's and get hidden."""
         if self.device.type != "cuda":
             start = self.now()
             call()
             return self.now() - start
         torch.cuda.synchronize(self.device)
         if self.buffer is not None:
-            # Twice the launch time: the host is slower while the device runs than it was alone.
+            # Twice the launch time: the CPU is slower while the device runs than it was alone.
             for _ in range(min(MAX_FILLS, 1 + math.ceil(2 * launch_seconds / self.seconds_per_fill))):
                 self.buffer.zero_()
         return self._events(call)

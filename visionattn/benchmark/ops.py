@@ -272,8 +272,8 @@ def neighborhood7(batch: int, size: Size, rand: Callable[..., Tensor]) -> OpCase
     return _neighborhood(batch, size, rand, dilation=1, biased=True)
 
 
-@op_benchmark("neighborhood7_plain", size_set="nat_tiny", candidates=NEIGHBORHOOD_CANDIDATES)
-def neighborhood7_plain(batch: int, size: Size, rand: Callable[..., Tensor]) -> OpCase:
+@op_benchmark("neighborhood7_nobias", size_set="nat_tiny", candidates=NEIGHBORHOOD_CANDIDATES)
+def neighborhood7_nobias(batch: int, size: Size, rand: Callable[..., Tensor]) -> OpCase:
     """Neighborhood attention 7x7 without bias."""
     return _neighborhood(batch, size, rand, dilation=1, biased=False)
 
@@ -326,13 +326,13 @@ def _rotary_linear(batch: int, size: Size, rand: Callable[..., Tensor], plain: C
 @op_benchmark("rala", size_set="ravlt_t", candidates=("plain", "torch", "triton", "plain+compile"))
 def rala(batch: int, size: Size, rand: Callable[..., Tensor]) -> OpCase:
     """Rank-augmented linear attention with rotary embedding and gate, between the projections."""
-    return _rotary_linear(batch, size, rand, plain_ravlt._rank_augmented, rank_augmented=True)
+    return _rotary_linear(batch, size, rand, plain_ravlt.rank_augmented_attention, rank_augmented=True)
 
 
 @op_benchmark("mala", size_set="ravlt_t", candidates=("plain", "torch", "triton", "plain+compile"))
 def mala(batch: int, size: Size, rand: Callable[..., Tensor]) -> OpCase:
     """Magnitude-aware linear attention with rotary embedding and gate, between the projections."""
-    return _rotary_linear(batch, size, rand, plain_ravlt._magnitude_aware, normalizer="magnitude")
+    return _rotary_linear(batch, size, rand, plain_ravlt.magnitude_aware_attention, normalizer="magnitude")
 
 
 @op_benchmark("flow", size_set="flowformer", candidates=("plain", "torch", "plain+compile", "torch+compile"))

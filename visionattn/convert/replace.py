@@ -267,7 +267,7 @@ def _problems(site: _Site) -> Iterator[str]:
         yield f"attn_drop.p = {attn.attn_drop.p}, and mixers drop no attention weights; set it to 0"
     for name in ("qkv", "proj"):
         if type(getattr(attn, name)) not in (nn.Linear, Linear):
-            yield f"{name} is {_name(type(getattr(attn, name)))}, no plain nn.Linear"
+            yield f"{name} is {_name(type(getattr(attn, name)))}, not nn.Linear itself"
             return
     dim, heads = attn.qkv.in_features, attn.num_heads
     if attn.qkv.out_features != 3 * dim or attn.proj.in_features != dim or attn.proj.out_features != dim:

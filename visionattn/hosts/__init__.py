@@ -1,4 +1,4 @@
-"""Well-known bodies whose blocks take any ``Mixer`` of ``visionattn.attention``; one body a file."""
+"""Well-known networks whose blocks take any ``Mixer`` of ``visionattn.attention``; one host a file."""
 
 from visionattn.hosts.cswin import CSwin
 from visionattn.hosts.deit import DeiT, DeiTGrid

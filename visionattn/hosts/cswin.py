@@ -1,4 +1,4 @@
-"""The body of CSwin: overlapping convolutions between four stages of cross-shaped attention or any other mixer.
+"""The host CSwin: overlapping convolutions between four stages of cross-shaped attention or any other mixer.
 
 Paper: "CSWin Transformer: A General Vision Transformer Backbone with Cross-Shaped Windows", Dong et al. 2021, arXiv
 2107.00652.

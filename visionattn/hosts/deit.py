@@ -1,4 +1,4 @@
-"""The body of DeiT: one resolution, with a class token or without.
+"""The host DeiT: one resolution, with a class token or without.
 
 Paper: "Training data-efficient image transformers & distillation through attention", Touvron et al. 2021, arXiv
 2012.12877.

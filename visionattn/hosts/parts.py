@@ -145,7 +145,7 @@ class StridedConv(nn.Module):
 
 
 class Host(Backbone):
-    """What the bodies share besides the contract: initialisation, and folding of norms."""
+    """What the hosts share besides the contract: initialisation, and folding of norms."""
 
     @torch.jit.ignore
     def init_weights(self) -> None:
@@ -215,7 +215,7 @@ def mixers(
         missing = [name for name in told if name not in {p.name for p in parameters}]
         if missing:
             raise ValueError(
-                f"mixer {mixer!r} does not fit this body, whose mixers take {', '.join(told)}: it has no "
+                f"mixer {mixer!r} does not fit this host, whose mixers take {', '.join(told)}: it has no "
                 f"{', '.join(missing)}; subclasses of visionattn.attention.Mixer have them"
             )
     counts = [None] * len(depths) if mixer_depths is None else list(mixer_depths)

@@ -1,4 +1,4 @@
-"""The bodies of PVT and PVTv2: four stages of spatial-reduction attention or any other mixer.
+"""The hosts PVT and PVTv2: four stages of spatial-reduction attention or any other mixer.
 
 Papers: "Pyramid Vision Transformer", Wang et al. 2021, arXiv 2102.12122; "PVT v2: Improved Baselines with Pyramid
 Vision Transformer", Wang et al. 2021, arXiv 2106.13797.

@@ -11,7 +11,7 @@ from visionattn.weights.rename import Rule, rename_checkpoint, resize_axes, resi
 
 __all__ = ["checkpoint_filter_fn", "fit_table"]
 
-# What all four bodies share; a host adds its own in front.
+# What all four hosts share; a host adds its own in front.
 RULES: tuple[Rule, ...] = (
     (r"relative_position_index$|attn_mask$", None),
     (r"^head\.", "head.fc."),

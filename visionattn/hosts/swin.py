@@ -1,4 +1,4 @@
-"""The body of Swin: patch merging between four stages of window attention or any other mixer.
+"""The host Swin: patch merging between four stages of window attention or any other mixer.
 
 Paper: "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows", Liu et al. 2021, arXiv 2103.14030.
 """

@@ -4,10 +4,11 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, is_exportable, is_scriptable, register_notrace_function, register_notrace_module
+from timm.layers import DropPath, register_notrace_function, register_notrace_module
 from torch import Tensor, nn
 
 from visionattn.kernels import depthwise_conv2d, exporting, linear
+from visionattn.layers.switches import built_for_export
 
 __all__ = [
     "DepthwiseConv",
@@ -19,7 +20,6 @@ __all__ = [
     "in_slices",
     "pad_to_multiple",
     "Unused",
-    "in_slices",
     "resize_table",
     "to_channels_last",
 ]
@@ -65,7 +65,7 @@ def crop(x: Tensor, height: int, width: int) -> Tensor:
 def in_slices(branch: Callable[[Tensor], Tensor], x: Tensor, widest: int, channels: int | None = None) -> Tensor:
     """``branch(x)``, a few samples at a time where that keeps its widest map in the CPU's cache.
 
-    Only inference on a CPU is sliced: training keeps every map anyway, and compilers and exporters get the plain call.
+    Only inference on a CPU is sliced: training keeps every map anyway, and compilers and exporters get the whole batch.
 
     Args:
         branch: Function of each sample alone, such as an MLP.
@@ -73,8 +73,8 @@ def in_slices(branch: Callable[[Tensor], Tensor], x: Tensor, widest: int, channe
         widest: Channels of the widest map inside ``branch``, at the resolution of ``x``.
         channels: Channels of ``x``, if they are not its axis 1.
     """
-    plain = type(x) is not Tensor or x.device.type != "cpu" or torch.is_grad_enabled()
-    if plain or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    whole = type(x) is not Tensor or x.device.type != "cpu" or torch.is_grad_enabled()
+    if whole or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return branch(x)
     positions = x.shape[1:].numel() // (channels or x.shape[1] or 1)
     samples = max(1, SLICE_BYTES // max(1, widest * positions * x.element_size()))
@@ -113,7 +113,7 @@ class DepthwiseConv(nn.Conv2d):
 
     def __init__(self, dim: int, kernel_size: int, device=None, dtype=None) -> None:
         super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, device=device, dtype=dtype)
-        self.plain = is_exportable() or is_scriptable()  # timm's switches: layers built under them use plain operators
+        self.exportable = built_for_export()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.convolve(x, self.weight, self.bias)
@@ -121,7 +121,7 @@ class DepthwiseConv(nn.Conv2d):
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The convolution with other weights, of which there may be more and of another odd side."""
         x = x.permute(0, 3, 1, 2)
-        if torch.jit.is_scripting() or self.plain:
+        if torch.jit.is_scripting() or self.exportable:
             x = F.conv2d(x, weight, bias, padding=[weight.shape[2] // 2] * 2, groups=weight.shape[0])
         else:
             x = self._fused(x, weight, bias)

@@ -5,12 +5,13 @@ Shapes: B batch, H W rows and columns, C channels, P positions to sample.
 
 import torch
 import torch.nn.functional as F
-from timm.layers import is_exportable, is_scriptable, register_notrace_module
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from visionattn.kernels import exporting
 from visionattn.layers.blocks import Linear
 from visionattn.layers.patch_embed import at_least
+from visionattn.layers.switches import built_for_export
 
 __all__ = ["DeformableTokenMerging", "bilinear_sample"]
 
@@ -59,8 +60,8 @@ class DeformableTokenMerging(nn.Module):
     """``gelu(norm(deformable_conv(x)))`` with a 2x2 kernel and stride 2: half the map, other channels (LITv2).
 
     Tap (a, b) of output (i, j) samples the map at row ``2 i + a + offset[2 (2 a + b)]`` and column
-    ``2 j + b + offset[2 (2 a + b) + 1]``, the offsets being a plain 2x2 convolution with stride 2. With zero offsets,
-    as initialised, this is a plain convolution. It computes what ``torchvision.ops.deform_conv2d`` does.
+    ``2 j + b + offset[2 (2 a + b) + 1]``, the offsets being an ordinary 2x2 convolution with stride 2. With zero
+    offsets, as initialised, this is such a convolution itself. It computes what ``torchvision.ops.deform_conv2d`` does.
 
     Args:
         dim: Channels of the map. [B, dim, H, W]
@@ -70,7 +71,7 @@ class DeformableTokenMerging(nn.Module):
     def __init__(self, dim: int, out_dim: int, device=None, dtype=None) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        self.plain = is_exportable() or is_scriptable()  # timm's switches: layers built under them use plain operators
+        self.exportable = built_for_export()
         self.conv_offset = nn.Conv2d(dim, 8, 2, stride=2, **dd)
         self.proj = Linear(4 * dim, out_dim, **dd)  # of the four sampled pixels side by side, tap by tap
         self.norm = nn.BatchNorm2d(out_dim, **dd)
@@ -102,7 +103,7 @@ class DeformableTokenMerging(nn.Module):
         rows = 2 * torch.arange(h, device=x.device)[:, None, None] + tap // 2 + offset[..., 0]
         columns = 2 * torch.arange(w, device=x.device)[:, None] + tap % 2 + offset[..., 1]
         rows, columns, pixels = rows.flatten(1), columns.flatten(1), x.permute(0, 2, 3, 1)
-        if torch.jit.is_scripting() or self.plain:
+        if torch.jit.is_scripting() or self.exportable:
             y = bilinear_sample(pixels, rows, columns)
         else:
             y = self._sample(pixels, rows, columns)

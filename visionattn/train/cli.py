@@ -250,7 +250,7 @@ def keep_old_metrics(folder: Path) -> None:
 
 
 def run(args: list[str] | None = None) -> CLI:
-    """Run one command, such as ``run(["fit", "-c", "configs/classify/digits_demo.yaml"])``.
+    """Run one command, such as ``run(["fit", "-c", "configs/classify/van_digits.yaml"])``.
 
     Args:
         args: The command line, without the program; ``sys.argv`` if not given.

@@ -33,7 +33,7 @@ class Task(pl.LightningModule):
         num_classes: Number of classes; taken from the data.
         model_args: Arguments of the model, such as ``drop_path_rate``, ``depths`` or ``img_size``.
         pretrained: Start from the published weights.
-        weights: Start from the weights in this file (timm, plain, safetensors, or a checkpoint of an earlier run).
+        weights: Start from the weights in this file (timm's, a state dict, safetensors, or an earlier run's).
         reset_head: Let ``weights`` of a model with other classes in, with a new classifier.
         optimizer: A name that ``timm.optim.list_optimizers()`` knows.
         optimizer_args: Further arguments of the optimizer, such as ``betas``.

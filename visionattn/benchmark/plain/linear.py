@@ -35,7 +35,7 @@ def softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def framed(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The plain operator of ``plain_ravlt`` with the values as local encoding, and the gate."""
+    """An operator of ``plain/ravlt.py`` with the values as local encoding, and the gate."""
 
     def run(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
         cos, sin = (t.repeat_interleave(2, -1) for t in tables)

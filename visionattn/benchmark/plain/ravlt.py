@@ -1,4 +1,4 @@
-"""RAVLT and MAViT composed in the plainest way: contiguous NCHW maps, einsum attention, nothing fused.
+"""RAVLT and MAViT composed of torch modules: contiguous NCHW maps, einsum attention, nothing fused.
 
 The baseline that the library's networks are measured against, and a second opinion on their outputs. Parameter names
 are those of the published checkpoints (arXiv 2411.07635 and 2507.00698), which ``checkpoint_filter_fn`` reads.
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["PlainRAVLT", "build"]
+__all__ = ["PlainRAVLT", "build", "magnitude_aware_attention", "rank_augmented_attention"]
 
 # channels, depths, heads and initial layer scales of the four stages
 SIZES = {
@@ -43,7 +43,8 @@ def _rotate(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
     return x * cos + turned * sin
 
 
-def _rank_augmented(q: Tensor, k: Tensor, v: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
+def rank_augmented_attention(q: Tensor, k: Tensor, v: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
+    """RALA between the projections. q, k, v [B, h, N, d], tables [N, d] to [B, h, N, d]"""
     n, scale = q.shape[2], q.shape[3] ** -0.5
     q, k = F.elu(q) + 1, F.elu(k) + 1
     weights = torch.softmax(torch.einsum("bhd,bhnd->bhn", q.mean(2) * scale, k), dim=-1)
@@ -54,7 +55,8 @@ def _rank_augmented(q: Tensor, k: Tensor, v: Tensor, sin: Tensor, cos: Tensor) -
     return torch.einsum("bhnd,bhde->bhne", q, state) * z[..., None]
 
 
-def _magnitude_aware(q: Tensor, k: Tensor, v: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
+def magnitude_aware_attention(q: Tensor, k: Tensor, v: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
+    """MALA between the projections. q, k, v [B, h, N, d], tables [N, d] to [B, h, N, d]"""
     n, scale = q.shape[2], q.shape[3] ** -0.5
     q, k = F.elu(q) + 1, F.elu(k) + 1
     z = scale * torch.einsum("bhnd,bhd->bhn", q, k.mean(2))[..., None]
@@ -188,7 +190,7 @@ class PlainRAVLT(nn.Module):
         num_classes: int = 1000,
     ) -> None:
         super().__init__()
-        linear = _magnitude_aware if magnitude_aware else _rank_augmented
+        linear = magnitude_aware_attention if magnitude_aware else rank_augmented_attention
         self.patch_embed = _Stem(in_chans, embed_dims[0])
         self.layers = nn.ModuleList(
             _Stage(dim, depth, heads, linear if i < 2 else _softmax, layer_scales[i], out)

@@ -1,1 +1,1 @@
-"""Networks for dense tasks: segmentation heads and torchvision's detectors on any timm backbone."""
+"""Segmentation and detection with any timm backbone: the tasks, their networks, and prediction with them."""

@@ -19,7 +19,7 @@ from visionattn.train.dense.detect import MeanAP
 from visionattn.train.dense.detector import DETECTORS, Detector
 
 pytest.importorskip("faster_coco_eval")
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 VAN = dict(embed_dims=[8, 16, 16, 24], depths=[1, 1, 1, 1], mlp_ratios=[2, 2, 2, 2])
 SCENES = ["--data=SceneObjects", "--data.img_size=64"]
 SMALL = ["--model.detector=fcos", "--model.min_size=[64]", "--model.max_size=64", "--model.fpn_channels=64"]

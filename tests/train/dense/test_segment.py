@@ -20,7 +20,7 @@ from visionattn.train.dense.segmenter import Segmenter, multi_scale, sliding, wh
 from visionattn.train.overlays import overlay_classes
 
 pytest.importorskip("segmentation_models_pytorch")
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 VAN = dict(embed_dims=[8, 16, 16, 24], depths=[1, 1, 1, 1], mlp_ratios=[2, 2, 2, 2])
 SMALL = ["--model.head=mlp", "--model.head_args={width: 16}", "--model.lr=0.01"]
 
@@ -53,8 +53,8 @@ def test_images_are_normalised_inside_as_the_backbone_was_trained():
 
 
 def test_output_norms_of_the_backbone_replace_those_of_upernet():
-    plain, normed = segmenter("upernet"), segmenter("upernet", backbone_args={"output_norm": True})
-    assert any("feature_norms" in key for key in plain.state_dict())
+    bare, normed = segmenter("upernet"), segmenter("upernet", backbone_args={"output_norm": True})
+    assert any("feature_norms" in key for key in bare.state_dict())
     assert not any("feature_norms" in key for key in normed.state_dict())
     assert any("backbone.norms" in key for key in normed.state_dict())
 
@@ -110,7 +110,7 @@ def test_scores_are_those_of_the_whole_set():
     assert scores["aAcc"].item() == pytest.approx(75) and scores["mAcc"].item() == pytest.approx(100 * 0.75)
 
 
-def test_scores_of_a_run_equal_a_plain_count(tmp_path, tiny):
+def test_scores_of_a_run_equal_a_count_by_hand(tmp_path, tiny):
     """Over images of different sizes, with pixels that do not count, in batches that do not divide the set."""
     root = folders(tmp_path / "data", train=4, val=5)
     mask = root / "masks" / "val" / "0.png"
