@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from visionattn.attention import BiLevelRoutingAttention, LePEAttention
 from visionattn.frames.backbone import Pyramid, Stage, build_backbone
-from visionattn.layers.blocks import DepthwiseConv, PreNormBlock, ScaledResidual, to_channels_last
+from visionattn.kernels import channels_last
+from visionattn.layers.blocks import DepthwiseConv, PreNormBlock, ScaledResidual
 from visionattn.weights import pretrained_cfgs
 from visionattn.weights.families import declare_filter
 from visionattn.weights.rename import rename_checkpoint
@@ -79,7 +80,7 @@ class Stem(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(to_channels_last(x))
+        return self.proj(channels_last(x))
 
 
 def _downsample(dim: int, out: int, layout: str, device=None, dtype=None) -> nn.Sequential:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from visionattn.attention import NeighborhoodAttention
 from visionattn.frames.backbone import Pyramid, Stage, build_backbone
-from visionattn.layers.blocks import Mlp, ScaledResidual, to_channels_last
+from visionattn.kernels import channels_last
+from visionattn.layers.blocks import Mlp, ScaledResidual
 from visionattn.weights import pretrained_cfgs
 from visionattn.weights.families import declare_filter
 from visionattn.weights.rename import rename_checkpoint, resize_axes
@@ -66,7 +67,7 @@ class ConvTokenizer(nn.Module):
         self.norm = LayerNorm2d(dim, eps=EPS, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.proj(to_channels_last(x)))
+        return self.norm(self.proj(channels_last(x)))
 
 
 class ConvDownsampler(nn.Module):

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from visionattn.attention import MagnitudeAwareAttention, RankAugmentedAttention, RotaryAttention
 from visionattn.frames.backbone import Pyramid, Stage, build_backbone
-from visionattn.kernels import autocasting
-from visionattn.layers.blocks import Linear, ScaledResidual, in_slices, to_channels_last
+from visionattn.kernels import autocasting, channels_last
+from visionattn.layers.blocks import Linear, ScaledResidual, in_slices
 from visionattn.weights import pretrained_cfgs
 from visionattn.weights.families import declare_filter
 from visionattn.weights.rename import rename_checkpoint
@@ -123,7 +123,7 @@ class Stem(nn.Module):
         self.proj = nn.Sequential(*layers[:-1])
 
     def forward(self, x: Tensor) -> Tensor:
-        x = to_channels_last(x)
+        x = channels_last(x)
         if torch.jit.is_scripting():
             return self.proj(x)
         else:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from visionattn.attention import LargeKernelAttention
 from visionattn.frames.backbone import Pyramid, Stage, build_backbone
-from visionattn.layers.blocks import ScaledResidual, in_slices, to_channels_last
+from visionattn.kernels import channels_last
+from visionattn.layers.blocks import ScaledResidual, in_slices
 from visionattn.weights import pretrained_cfgs
 from visionattn.weights.families import declare_filter
 from visionattn.weights.rename import rename_checkpoint
@@ -97,7 +98,7 @@ class OverlapPatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # One layout from the first convolution on; the rest of the network keeps it without copies.
-        return self.norm(self.proj(to_channels_last(x)))
+        return self.norm(self.proj(channels_last(x)))
 
 
 class VAN(Pyramid):

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from visionattn.attention.mixer import MixerLike, find_mixer
 from visionattn.frames.backbone import Backbone
-from visionattn.layers.blocks import ScaledResidual, to_channels_last
+from visionattn.kernels import channels_last
+from visionattn.layers.blocks import ScaledResidual
 from visionattn.layers.norms import create_norm, fold_after, fold_before, folded
 from visionattn.layers.patch_embed import at_least
 
@@ -127,7 +128,7 @@ class StridedConv(nn.Module):
             x = F.pad(x, [0, -x.shape[3] % self.stride, 0, -x.shape[2] % self.stride])
         else:
             x = at_least(x, self.kernel_size - 2 * self.padding)
-        return self.norm(self.proj(to_channels_last(x)))
+        return self.norm(self.proj(channels_last(x)))
 
     def out_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of the result for a map of some."""

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath, register_notrace_function, register_notrace_module
 from torch import Tensor, nn
 
-from visionattn.kernels import depthwise_conv2d, exporting, linear
+from visionattn.kernels import crop_map, depthwise_conv2d, linear, pad_map
 from visionattn.layers.switches import built_for_export
 
 __all__ = [
@@ -21,7 +21,6 @@ __all__ = [
     "pad_to_multiple",
     "Unused",
     "resize_table",
-    "to_channels_last",
 ]
 
 # A share of the third-level cache. Measured on VAN at 224 px, batch 8, two threads: 1.8 times (B0) and 1.4 times (B2)
@@ -30,36 +29,17 @@ __all__ = [
 SLICE_BYTES = 8 * 2**20
 
 
-def to_channels_last(x: Tensor) -> Tensor:
-    """The map with its channels side by side in memory; no copy if they are. [B, C, H, W]
-
-    Written with ``permute``, which ``torch.func.vmap`` knows, unlike ``contiguous(memory_format=...)``.
-    """
-    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-
-
 @register_notrace_function  # whether it pads depends on the size
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """Zeros after the last row and column, so that ``multiple`` divides the sides of the map. [B, H, W, C]"""
-    bottom = (x.shape[1] + multiple - 1) // multiple * multiple - x.shape[1]
-    right = (x.shape[2] + multiple - 1) // multiple * multiple - x.shape[2]
-    if torch.jit.is_scripting():
-        needed = bottom + right > 0
-    else:
-        # A comparison would fix the size of a map in an exported graph.
-        needed = multiple > 1 and (exporting() or bottom + right > 0)
-    return F.pad(x, [0, 0, 0, right, 0, bottom]) if needed else x
+    if multiple == 1:
+        return x
+    height = (x.shape[1] + multiple - 1) // multiple * multiple
+    width = (x.shape[2] + multiple - 1) // multiple * multiple
+    return pad_map(x, height, width)
 
 
-@register_notrace_function
-def crop(x: Tensor, height: int, width: int) -> Tensor:
-    """The first rows and columns of a map. [B, H, W, C]"""
-    if not torch.jit.is_scripting():
-        if exporting():
-            # The strides of a slice depend on whether it leaves anything out, which would fix the size.
-            rows, columns = (torch.arange(n, device=x.device) for n in (height, width))
-            return x.index_select(1, rows).index_select(2, columns)
-    return x[:, :height, :width]
+crop = register_notrace_function(crop_map)
 
 
 def in_slices(branch: Callable[[Tensor], Tensor], x: Tensor, widest: int, channels: int | None = None) -> Tensor:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_function, resample_abs_pos_embed_nhwc, to_2tuple, trunc_normal_
 from torch import Tensor, nn
 
-from visionattn.layers.blocks import to_channels_last
+from visionattn.kernels import channels_last
 
 __all__ = ["PatchEmbed", "PrefixPatchEmbed", "position_embedding", "resize_position_embedding"]
 
@@ -98,7 +98,7 @@ class _Patches(nn.Module):
 
     def patches(self, x: Tensor) -> Tensor:
         """Images [B, in_chans, H', W'] to a grid without positions [B, H, W, C]."""
-        x = self.proj(to_channels_last(at_least(x, self.patch_size)))
+        x = self.proj(channels_last(at_least(x, self.patch_size)))
         return self.norm(x.permute(0, 2, 3, 1))
 
 
