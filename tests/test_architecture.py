@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import zipfile
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ LAYERS = (
 )
 
 
+@cache
 def sources() -> dict[str, Path]:
     """Every module of the project by its import name."""
     found = {}
@@ -40,6 +42,7 @@ def sources() -> dict[str, Path]:
     return found
 
 
+@cache
 def imported(path: Path) -> set[str]:
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
