@@ -1,55 +1,13 @@
 """One file per architecture; importing this package registers every model with timm."""
 
+from importlib import import_module
+from pkgutil import iter_modules
+
 import timm
 
-from visionattn.backbones import (
-    agent,
-    anyvit,
-    biformer,
-    dinat,
-    flatten,
-    flowformer,
-    inline,
-    litv2,
-    mavit,
-    nat,
-    ravlt,
-    slab,
-    van,
-)
+__all__ = ["list_models"]
 
-__all__ = [
-    "agent",
-    "anyvit",
-    "biformer",
-    "dinat",
-    "flatten",
-    "flowformer",
-    "inline",
-    "list_models",
-    "litv2",
-    "mavit",
-    "nat",
-    "ravlt",
-    "slab",
-    "van",
-]
-
-_MODULES = (
-    agent,
-    anyvit,
-    biformer,
-    dinat,
-    flatten,
-    flowformer,
-    inline,
-    litv2,
-    mavit,
-    nat,
-    ravlt,
-    slab,
-    van,
-)
+_MODULES = tuple(import_module(f"{__name__}.{found.name}") for found in iter_modules(__path__))
 
 
 def list_models(filter: str = "", pretrained: bool = False) -> list[str]:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import visionattn  # noqa: F401
+import visionattn
 from tests.parity import relative_error
 from visionattn.attention import (
     AgentAttention,
@@ -17,6 +17,7 @@ from visionattn.attention import (
     InLineAttention,
     Mixer,
     SimplifiedLinearAttention,
+    SoftmaxMixer,
     SpatialReductionAttention,
     WindowAttention,
 )
@@ -103,7 +104,10 @@ HOSTS = {
     DeiT: dict(embed_dim=8, depth=2, num_heads=2, num_classes=5, img_size=64),
     DeiTGrid: dict(embed_dim=8, depth=2, num_heads=2, num_classes=5, img_size=64),
 }
-MIXERS = [AgentAttention, InLineAttention, FocusedLinearAttention, SimplifiedLinearAttention]
+# Every exported mixer, but for the base class and those that hosts have of their own.
+OWN = {Mixer, SoftmaxMixer, WindowAttention, CrossShapedAttention}
+LAYERS = [getattr(visionattn.attention, name) for name in visionattn.attention.__all__]
+MIXERS = [cls for cls in LAYERS if isinstance(cls, type) and issubclass(cls, Mixer) and cls not in OWN]
 
 
 def randomize_(module: nn.Module) -> nn.Module:
@@ -179,6 +183,8 @@ def test_a_mixer_that_does_not_fit_a_host_is_refused(host, mixer, lacks):
 def test_unsuitable_arguments_raise():
     with pytest.raises(ValueError, match="nowhere"):
         Swin(mixer="nowhere.Attention", **HOSTS[Swin])
+    with pytest.raises(ValueError, match="class path, got 'visionattn.attention.agent', which is a module"):
+        Swin(mixer="visionattn.attention.agent", **HOSTS[Swin])
     with pytest.raises(ValueError, match="mixer_depths.*0 to 1.*2"):
         Swin(mixer=Roll, mixer_depths=(2, 1, 1, 1), **HOSTS[Swin])
     with pytest.raises(ValueError, match="one entry a stage, 4"):

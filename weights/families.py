@@ -6,7 +6,7 @@ from collections.abc import Callable
 import timm
 from torch import Tensor, nn
 
-from visionattn.weights.manifest import manifest
+from visionattn.weights.manifest import models_of
 
 __all__ = ["FILTERS", "Filter", "declare_filter", "release_filter"]
 
@@ -22,7 +22,7 @@ def declare_filter(family: str, checkpoint_filter_fn: Filter) -> None:
         family: Table of the manifest; the function is for all models that it has rows of.
         checkpoint_filter_fn: From a release's parameter names, and the model they are for, to ours.
     """
-    FILTERS.update(dict.fromkeys((name.partition(".")[0] for name in manifest()[family]), checkpoint_filter_fn))
+    FILTERS.update(dict.fromkeys((name.partition(".")[0] for name in models_of(family)), checkpoint_filter_fn))
 
 
 def release_filter(name: str, model: nn.Module | None = None) -> Filter | None:

@@ -5,7 +5,7 @@ import urllib.parse
 from functools import cache
 from importlib import resources
 
-__all__ = ["FACTS", "checkpoints", "link", "manifest", "pretrained_cfgs"]
+__all__ = ["FACTS", "checkpoints", "link", "manifest", "models_of", "pretrained_cfgs"]
 
 FACTS = {
     "params_m": "parameters in millions, as published",
@@ -44,6 +44,17 @@ def manifest() -> dict[str, dict[str, dict]]:
         for family, table in _tables().items()
         if "models" in table
     }
+
+
+def models_of(family: str) -> dict[str, dict]:
+    """The rows of a family's models.
+
+    Raises:
+        ValueError: If the manifest has none.
+    """
+    if family not in manifest():
+        raise ValueError(f'weights/manifest.toml has no row [{family}.models."ARCH.TAG"]; a family needs one a model')
+    return manifest()[family]
 
 
 @cache
@@ -94,7 +105,7 @@ def pretrained_cfgs(family: str, **common) -> dict[str, dict]:
         common: Fields of every cfg that belong to the code, such as ``first_conv`` and ``classifier``.
     """
     cfgs = {}
-    for name, row in manifest()[family].items():
+    for name, row in models_of(family).items():
         fields = {key: tuple(v) if isinstance(v, list) else v for key, v in row.items() if key not in FACTS}
         if "file" in fields:
             fields["file"] = _bundled(fields["file"])

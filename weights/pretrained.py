@@ -97,9 +97,11 @@ def report(name: str, path: Path, state: dict[str, Tensor], model: nn.Module) ->
     trunk = [key for key in own if key.startswith(parts) and not key.endswith("num_batches_tracked")]
     missing = [key for key in trunk if key not in state]
     if missing:
+        foreign = [key for key in state if key not in own and not key.startswith(classifiers(cfg))]
+        instead = f", of which the model has no {some(foreign)}" if foreign else ""
         raise WeightsError(
             f"{path} does not fit {name}. Missing key(s): {some(missing)} of {len(trunk)} in the file's {len(state)} "
-            "tensors. Build the model with the arguments it was trained with, or give the file of this model"
+            f"tensors{instead}. Build the model with the arguments it was trained with, or give the file of this model"
         )
 
 

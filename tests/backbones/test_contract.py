@@ -92,7 +92,7 @@ def nchw(model, features: torch.Tensor) -> torch.Tensor:
 def reductions(model) -> list[int]:
     """Strides of all feature maps; pyramids have four, 4 to 32, a network of one resolution the same for each block."""
     strides = [info["reduction"] for info in model.feature_info]
-    assert strides == [4, 8, 16, 32] or len(set(strides)) == 1
+    assert strides == [4, 8, 16, 32] or len(set(strides)) == 1, f"a pyramid has strides 4, 8, 16 and 32, got {strides}"
     return strides
 
 
@@ -102,7 +102,8 @@ each_family = pytest.mark.parametrize("name", SMALL)
 
 def test_every_module_has_a_small_configuration():
     covered = {timm.model_entrypoint(name).__module__ for name in SMALL}
-    assert covered == {timm.model_entrypoint(name).__module__ for name in visionattn.list_models()}
+    modules = {timm.model_entrypoint(name).__module__ for name in visionattn.list_models()}
+    assert covered == modules, f"add rows to SMALL for {sorted(modules - covered)}"
 
 
 def test_registering_overwrites_no_model_of_timm():

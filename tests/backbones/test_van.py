@@ -43,6 +43,11 @@ def test_drop_path_rises_linearly_over_all_blocks():
     assert rates == pytest.approx([0.0, 0.025, 0.05, 0.075, 0.1])
 
 
+def test_a_pyramid_of_three_stages_is_refused():
+    with pytest.raises(ValueError, match=r"one width for each of the strides \(4, 8, 16, 32\), got \(8, 12, 16\)"):
+        VAN(embed_dims=(8, 12, 16), depths=(1, 1, 1), mlp_ratios=(2, 2, 2))
+
+
 def test_published_preprocessing():
     cfg = timm.create_model("van_b0", device="meta").pretrained_cfg
     assert cfg["mean"] == cfg["std"] == (0.5, 0.5, 0.5)

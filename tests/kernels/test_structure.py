@@ -31,6 +31,13 @@ def test_operators_have_the_same_files(operator):
     assert triton <= files or not triton & files
 
 
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_operators_have_tests_of_the_same_names(operator):
+    tests = {path.name for path in (Path(__file__).parent / operator).glob("*.py")}
+    wanted = {"test_op.py"} | ({"triton_cases.py"} if (FOLDER / operator / "triton.py").is_file() else set())
+    assert wanted <= tests, f"tests/kernels/{operator} lacks {sorted(wanted - tests)}"
+
+
 @pytest.mark.parametrize("module", sorted(name for name in sources() if name.startswith(KERNELS + ".")))
 def test_operators_import_what_is_shared_and_nothing_of_each_other(module):
     own = parts(module)[0]

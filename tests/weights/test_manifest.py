@@ -16,7 +16,7 @@ from tests.parity import load_fixture
 from visionattn.weights.commands.table import markdown
 from visionattn.weights.commands.translate import translated
 from visionattn.weights.locate import cache_name, first_url
-from visionattn.weights.manifest import FACTS, checkpoints, link, manifest
+from visionattn.weights.manifest import FACTS, checkpoints, link, manifest, pretrained_cfgs
 
 ROOT = Path(__file__).resolve().parents[2]
 FIELDS = {field.name for field in dataclasses.fields(PretrainedCfg)}
@@ -75,6 +75,11 @@ def test_translation_accepts_the_authors_names_and_shapes(case):
 def test_every_model_has_a_row_and_every_row_a_model():
     assert {name.partition(".")[0] for name in MODELS} == set(visionattn.list_models())
     assert {name for table in manifest().values() for name in table} == set(MODELS)
+
+
+def test_a_family_without_rows_is_told_which_to_write():
+    with pytest.raises(ValueError, match=r'manifest.toml has no row \[new.models."ARCH.TAG"\]'):
+        pretrained_cfgs("new")
 
 
 def test_every_published_link_has_a_row():

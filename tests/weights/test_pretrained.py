@@ -190,6 +190,12 @@ def test_half_a_network_is_refused_whatever_the_classes(release, tmp_path):
             van(pretrained=True, num_classes=classes, pretrained_cfg_overlay=dict(file=str(tmp_path / "half.pth")))
 
 
+def test_tensors_that_a_rule_gave_a_wrong_name_are_named(release, tmp_path):
+    torch.save({key.replace("norm1", "norm_1"): value for key, value in release[1].items()}, tmp_path / "renamed.pth")
+    with pytest.raises(WeightsError, match=r"of which the model has no stages.0.blocks.0.norm_1.weight"):
+        van(pretrained=True, num_classes=7, pretrained_cfg_overlay=dict(file=str(tmp_path / "renamed.pth")))
+
+
 def test_the_authors_names_are_renamed(tmp_path):
     fixture = load_fixture("van/van_b0")
     torch.save({"state_dict": fixture_weights(fixture)}, tmp_path / NAME)

@@ -210,7 +210,8 @@ def find_mixer(mixer: MixerLike) -> Callable[..., nn.Module]:
             example = f"'visionattn.attention.SoftmaxAttention'; short names are {', '.join(short_names())}"
             raise ValueError(f"mixer {mixer!r} cannot be imported: {error}; a class path is {example}") from error
     if not callable(found):
-        raise ValueError(f"mixer must be a class, a function or a class path, got {mixer!r}")
+        kind = f", which is a {type(found).__name__}" if isinstance(mixer, str) else ""
+        raise ValueError(f"mixer must be a class, a function or a class path, got {mixer!r}{kind}")
     return found
 
 

@@ -7,15 +7,18 @@ any timm model, which is then measured on the same images but not compared. Of a
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib import import_module
+from pkgutil import iter_modules
 
 import timm
 import torch
 from timm.models import get_pretrained_cfg, model_entrypoint
 from torch import Tensor, nn
 
+from visionattn.benchmark import plain as plain_networks
 from visionattn.benchmark.converted import CONVERTED, convert
 from visionattn.benchmark.ops import parse_candidate
-from visionattn.benchmark.plain import biformer, flowformer, litv2, nat, ravlt, swin, van
+from visionattn.benchmark.plain import nat, ravlt, swin
 from visionattn.benchmark.runner import Candidate, Case, Workload
 from visionattn.weights.families import release_filter
 
@@ -23,18 +26,17 @@ __all__ = ["PLAIN", "DEFAULT_CANDIDATES", "model_case", "plain_and_ours"]
 
 DEFAULT_CANDIDATES = ("plain", "ours", "ours+compile")
 
-# Family (the module in visionattn.backbones) or name of a model -> network in the authors' manner, by model name. Its
-# state dict has the authors' names, so the family's checkpoint_filter_fn carries the weights over to ours.
+# Family (the module in visionattn.backbones) or name of a model -> network in the authors' manner, by model name: the
+# function ``build`` of the family's file in ``plain/``, or that of a file which families share. Its state dict has the
+# authors' names, so the family's checkpoint_filter_fn carries the weights over to ours.
+_FILES = {
+    found.name: import_module(f"{plain_networks.__name__}.{found.name}")
+    for found in iter_modules(plain_networks.__path__)
+}
 PLAIN: dict[str, Callable[[str], nn.Module]] = {
-    "biformer": biformer.build,
-    "dinat": nat.build,
-    "flowformer": flowformer.build,
-    "litv2": litv2.build,
-    "mavit": ravlt.build,
-    "nat": nat.build,
-    "ravlt": ravlt.build,
-    "van": van.build,
-} | dict.fromkeys(swin.VARIANTS, swin.build)
+    family: file.build for family, file in _FILES.items() if hasattr(file, "build") and file is not swin
+}
+PLAIN |= {"dinat": nat.build, "mavit": ravlt.build} | dict.fromkeys(swin.VARIANTS, swin.build)
 
 
 def randomize_(model: nn.Module) -> nn.Module:

@@ -225,6 +225,9 @@ class Pyramid(Backbone):
     Args:
         widths: Channels of each stage.
         strides: Reduction of each stage relative to the image.
+
+    Raises:
+        ValueError: If there is not one width for each stride.
     """
 
     def __init__(
@@ -238,6 +241,8 @@ class Pyramid(Backbone):
         num_classes: int = 1000,
         in_chans: int = 3,
     ) -> None:
+        if len(widths) != len(strides):
+            raise ValueError(f"a pyramid has one width for each of the strides {tuple(strides)}, got {tuple(widths)}")
         info = [
             dict(num_chs=width, reduction=stride, module=f"stages.{i}")
             for i, (width, stride) in enumerate(zip(widths, strides, strict=True))
