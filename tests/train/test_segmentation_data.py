@@ -170,6 +170,58 @@ def test_unreadable_images_are_replaced_in_training_and_left_out_in_validation(t
     assert "1.jpg" in capfd.readouterr().err
 
 
+def as_format(file, ending, **options):
+    Image.open(file).save(file.with_suffix(f".{ending}"), **options)
+    file.unlink()
+
+
+def test_images_and_class_maps_of_every_format_count(tmp_path, capsys):
+    root = folders(tmp_path)
+    before = masks(root).dataset("train")[0].read(1)[1]
+    for n, ending in enumerate(("webp", "tif", "avif")):
+        as_format(root / "images" / "train" / f"{n}.jpg", ending)
+    as_format(root / "masks" / "train" / "1.png", "bmp")
+    (root / "images" / "train" / ".ipynb_checkpoints").mkdir()
+    (root / "images" / "train" / "raw.cr2").write_bytes(b"")
+    data = masks(root)
+    data.check(["train"])
+    train, name = data.dataset("train")
+    assert [name(i).rsplit("/")[-1] for i in range(4)] == ["0.webp", "1.tif", "2.avif", "3.jpg"]
+    assert torch.equal(train.read(1)[1], before)
+    line = capsys.readouterr().out
+    assert "(images/train/raw.cr2)" in line and "1 hidden (images/train/.ipynb_checkpoints)" in line
+
+
+def test_lists_without_endings_find_images_of_every_format(tmp_path):
+    root = MASKS["voc"](tmp_path)
+    as_format(root / "JPEGImages" / "2007_train1.jpg", "webp")
+    assert masks(root, layout="voc").dataset("train")[1](1).endswith("2007_train1.webp")
+
+
+def turned(file, orientation=6):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.open(file).convert("RGB").rotate(90, expand=True).save(file, exif=exif, quality=95)
+
+
+def test_images_are_turned_upright_onto_their_class_maps(tmp_path):
+    root = folders(tmp_path)
+    plain = masks(root).dataset("val")[0].read(0)[0]
+    turned(root / "images" / "val" / "0.jpg")
+    upright = masks(root).dataset("val")[0].read(0)[0]
+    assert (plain.float() - upright.float()).abs().mean() < 8  # but for the second compression
+    save(root / "masks" / "val" / "0.png", np.zeros((64, 40), np.uint8))
+    save(root / "images" / "val" / "0.jpg", np.zeros((64, 40, 3), np.uint8))
+    turned(root / "images" / "val" / "0.jpg")
+    masks(root).check(["val"])
+    save(root / "masks" / "val" / "0.png", np.zeros((40, 64), np.uint8))
+    message = (
+        r"0.jpg is 40 x 64, .* 64 x 40 pixels: .* stored as 64 x 40 and turned upright by its EXIF .*upright picture"
+    )
+    with pytest.raises(UserError, match=message):
+        masks(root).check(["val"])
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

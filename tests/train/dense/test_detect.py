@@ -152,6 +152,32 @@ def test_damaged_annotations_are_named(tmp_path, damage, message):
         objects(tmp_path).check(["train", "val"])
 
 
+@pytest.mark.parametrize("kind", ["coco", "voc"])
+def test_images_of_every_format_are_detected_in_upright(tmp_path, kind):
+    root = {"coco": coco, "voc": voc_boxes}[kind](tmp_path)
+    folder, stem = {"coco": (root / "train2017", "1"), "voc": (root / "JPEGImages", "trainval0")}[kind]
+    settings = dict(layout=kind, masks=False, hflip=0.0)
+    plain = objects(root, **settings).dataset("train")[0][0][0]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(folder / f"{stem}.jpg").rotate(90).save(folder / f"{stem}.webp", exif=exif, lossless=True)
+    (folder / f"{stem}.jpg").unlink()
+    if kind == "coco":
+        change(root, lambda content: content["images"][0].update(file_name="1.webp"))
+    assert torch.equal(objects(root, **settings).dataset("train")[0][0][0], plain)
+
+
+def test_annotations_of_a_picture_lying_down_are_refused_in_these_words(tmp_path):
+    root = coco(tmp_path)
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    Image.new("RGB", (64, 40)).save(root / "train2017" / "1.jpg", exif=exif)
+    change(root, lambda content: content["images"][0].update(width=64, height=40))
+    message = "1.jpg is 40 x 64 pixels, its annotations say 64 x 40.* stored as 64 x 40 and turned upright by its EXIF"
+    with pytest.raises(UserError, match=message):
+        objects(root, masks=False).check(["train"])
+
+
 def test_missing_files_are_named(tmp_path):
     root = coco(tmp_path)
     with pytest.raises(UserError, match=r"no annotation file .*other.json: give it with --data.train_annotations"):

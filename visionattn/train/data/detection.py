@@ -1,13 +1,11 @@
 """Images with boxes, and masks where there are any: COCO's and VOC's files, and generated scenes."""
 
-import concurrent.futures
 import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -17,7 +15,8 @@ from visionattn.errors import UserError, some
 from visionattn.train.data.dense import DenseBatch, DenseData, collate
 from visionattn.train.data.layouts import bright_palette
 from visionattn.train.data.objects import VOC_CLASSES, Annotated, Annotations, read_coco, read_voc
-from visionattn.train.data.sampling import UNREADABLE
+from visionattn.train.data.pictures import open_image, turned
+from visionattn.train.data.sampling import spread, unreadable
 from visionattn.train.data.scenes import DIGITS, Scenes
 
 
@@ -66,11 +65,12 @@ class AnnotatedImages:
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
         entry = self.images[index]
-        with Image.open(entry.file) as opened:
-            image = F.pil_to_tensor(opened.convert("RGB"))
+        image = F.pil_to_tensor(open_image(entry.file))
         if tuple(image.shape[-2:]) != entry.size:
             found, said = (f"{width} x {height}" for height, width in (image.shape[-2:], entry.size))
-            raise UserError(f"{entry.file} is {found} pixels, its annotations say {said}: they must be the same")
+            raise UserError(
+                f"{entry.file} is {found} pixels, its annotations say {said}: they must be the same{turned(entry.file)}"
+            )
         target = entry.target(self.training, self.masks)
         return (image, target) if self.transform is None else transformed(self.transform, image, target)
 
@@ -186,26 +186,13 @@ class Objects(DetectionData):
                     f"warning: {len(dropped)} objects have no box inside their image and are left out: {some(dropped)}"
                 )
             data, name = self.dataset(split)
-            if missing := [image.file for image in data.images if not image.file.is_file()]:
+            if missing := [image.file for image in data.images if not os.path.lexists(image.file)]:
                 raise UserError(f"{len(missing)} annotated images are not there: {some(missing)}")
-            if self.check_images:
-                step = 1 if self.check_images < 0 else max(1, len(data) // self.check_images)
-                if bad := unreadable(data, range(0, len(data), step)):
-                    print(f"warning: {len(bad)} unreadable images are skipped: {some(map(name, bad))}")
-
-
-def unreadable(data: Any, indices: range) -> list[int]:
-    """The indices of ``data`` that cannot be read."""
-
-    def bad(index: int) -> bool:
-        try:
-            data[index]
-            return False
-        except UNREADABLE:
-            return True
-
-    with concurrent.futures.ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
-        return [index for index, is_bad in zip(indices, pool.map(bad, indices), strict=True) if is_bad]
+            if bad := unreadable(data.__getitem__, spread(len(data), self.check_images)):
+                print(
+                    f"warning: {len(bad)} unreadable images are skipped: {some(map(name, bad))} "
+                    f"(the first: {next(iter(bad.values()))})"
+                )
 
 
 class SceneObjects(DetectionData):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from visionattn.errors import UserError, one_line, some
+from visionattn.train.data.layouts import listed, read_text
 
 VOC_CLASSES = (
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant "
@@ -129,7 +130,7 @@ def read_coco(file: Path, folder: Path, known: list[int] | None = None) -> Annot
     if not file.is_file():
         raise UserError(f"no annotation file {file}: give it with --data.train_annotations or --data.val_annotations")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(read_text(file))
         categories = {entry["id"]: entry["name"] for entry in content["categories"]}
         images = {
             entry["id"]: Annotated(folder / entry["file_name"], (int(entry["height"]), int(entry["width"])))
@@ -167,23 +168,21 @@ def read_coco(file: Path, folder: Path, known: list[int] | None = None) -> Annot
 
 
 def read_voc(root: Path, split: str, classes: list[str]) -> Annotations:
-    """Read the annotations of a VOC split: ImageSets/Main/SPLIT.txt, Annotations/*.xml, JPEGImages/*.jpg.
+    """Read the annotations of a VOC split: ImageSets/Main/SPLIT.txt, Annotations/*.xml, JPEGImages/*.
 
     Raises:
         UserError: If one of these is missing or broken, or names a class that is not in ``classes``.
     """
     listing = root / "ImageSets" / "Main" / f"{split}.txt"
-    if not listing.is_file():
-        raise UserError(f"no file {listing}, which says what belongs to {split}")
     label, images, dropped = {name: index for index, name in enumerate(classes)}, [], []
-    for stem in listing.read_text(encoding="utf-8").split():
-        file = root / "Annotations" / f"{stem}.xml"
+    for picture in listed(listing, root / "JPEGImages", split):
+        stem, file = picture.stem, root / "Annotations" / f"{picture.stem}.xml"
         if not file.is_file():
             raise UserError(f"{listing} names {stem}, but there is no annotation file {file}")
         try:
             tree = ElementTree.parse(file).getroot()
             height, width = (int(tree.find("size").findtext(side)) for side in ("height", "width"))
-            image = Annotated(root / "JPEGImages" / f"{stem}.jpg", (height, width))
+            image = Annotated(picture, (height, width))
             for thing in tree.iter("object"):
                 name = thing.findtext("name")
                 if name not in label:

@@ -1,22 +1,22 @@
 """Images with a class per pixel: the data set layouts that papers use, folders of your own, and generated scenes."""
 
-import concurrent.futures
 import os
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
 from visionattn.errors import UserError, some
 from visionattn.train.data.dense import DenseBatch, DenseData, collate
+from visionattn.train.data.finder import Found
 from visionattn.train.data.joint import IGNORE, eval_image, train_segmentation
-from visionattn.train.data.layouts import INVALID, LAYOUTS, find_pairs, lookup, voc_palette
-from visionattn.train.data.sampling import UNREADABLE
+from visionattn.train.data.layouts import INVALID, LAYOUTS, find_pairs, lookup, read_text, voc_palette
+from visionattn.train.data.pictures import open_classes, open_image, turned
+from visionattn.train.data.sampling import spread, unreadable
 from visionattn.train.data.scenes import DIGITS, Scenes
 
 
@@ -48,24 +48,26 @@ class Pairs:
     def read(self, index: int) -> tuple[Tensor, Tensor]:
         """Image [3, H, W] and class map [H, W], both uint8."""
         file, mask_file = self.pairs[index]
-        with Image.open(file) as opened:
-            image = F.pil_to_tensor(opened.convert("RGB"))
-        with Image.open(mask_file) as opened:
-            if opened.mode not in ("L", "P", "1"):
-                raise UserError(f"{mask_file} is {opened.mode}, not a class map: it must have one byte per pixel")
-            values = np.array(opened, np.uint8)
-        if values.shape != image.shape[-2:]:
-            sizes = [" x ".join(map(str, reversed(shape))) for shape in (image.shape[-2:], values.shape)]
-            raise UserError(f"{file} is {sizes[0]}, its class map {mask_file} {sizes[1]} pixels: they must be the same")
+        image, classes = F.pil_to_tensor(open_image(file)), self.classes(index)
+        if classes.shape != image.shape[-2:]:
+            sizes = [" x ".join(map(str, reversed(shape))) for shape in (image.shape[-2:], classes.shape)]
+            differ = f"{file} is {sizes[0]}, its class map {mask_file} {sizes[1]} pixels"
+            raise UserError(f"{differ}: they must be the same{turned(file)}")
+        return image, classes
+
+    def classes(self, index: int) -> Tensor:
+        """Class map [H, W], uint8."""
+        file = self.pairs[index][1]
+        values = open_classes(file)
         classes = self.table[values]
         if (invalid := classes == INVALID).any():
             found = np.unique(values[invalid])
             known = np.flatnonzero(self.table != INVALID)
             raise UserError(
-                f"{mask_file} has values that are no class: {some(found)}. The classes are {ranges(known)}; "
+                f"{file} has values that are no class: {some(found)}. The classes are {ranges(known)}; "
                 "give all classes, or name further values to ignore with --data.ignored"
             )
-        return image, torch.from_numpy(classes)
+        return torch.from_numpy(classes)
 
 
 def ranges(values: np.ndarray) -> str:
@@ -186,6 +188,7 @@ class Masks(SegmentationData):
         if not Path(root).is_dir():
             raise UserError(f"no such data folder: {root}. Give an existing one with --data.root")
         self.root, self.layout, self.check_images = Path(root), LAYOUTS[layout], check_images
+        self.found: dict[str, Found] = {}
         own = {k: v for k, v in (("train", train_split), ("val", val_split), ("test", val_split)) if v}
         self.splits = self.layout.splits | own
         self.class_names = classes or self._classes()
@@ -200,29 +203,18 @@ class Masks(SegmentationData):
         self.palette = self.layout.palette or voc_palette(self.num_classes)
 
     def dataset(self, split: str):
-        pairs = find_pairs(self.root, self._layout(split), split)
+        pairs, self.found[split] = find_pairs(self.root, self._layout(split), split)
         transform = self.augment if split == "train" else None
         return Pairs(pairs, self.table, transform, self.sides), lambda index: str(pairs[index][0])
 
     def check(self, splits: list[str]) -> None:
         for split in splits:
             data, name = self.dataset(split)
-            if not self.check_images:
-                continue
-            step = 1 if self.check_images < 0 else max(1, len(data) // self.check_images)
-            bad = []
-
-            def read(index: int, data=data, bad=bad) -> None:
-                try:
-                    data.read(index)
-                except UNREADABLE:
-                    bad.append(index)
-
-            with concurrent.futures.ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
-                list(pool.map(read, range(0, len(data), step)))
-            if bad:
+            self.found[split].warn(self.root)
+            if bad := unreadable(data.read, spread(len(data), self.check_images)):
                 print(
-                    f"warning: {len(bad)} unreadable images or class maps are skipped: {some(map(name, sorted(bad)))}"
+                    f"warning: {len(bad)} unreadable images or class maps are skipped: {some(map(name, bad))} "
+                    f"(the first: {next(iter(bad.values()))})"
                 )
 
     def _layout(self, split: str):
@@ -233,14 +225,14 @@ class Masks(SegmentationData):
     def _classes(self) -> list[str]:
         ade20k = self.root / "objectInfo150.txt"
         if self.layout is LAYOUTS["ade20k"] and ade20k.is_file():
-            rows = ade20k.read_text(encoding="utf-8").splitlines()[1:]
+            rows = read_text(ade20k).splitlines()[1:]
             return [row.split("\t")[-1].split(",")[0].strip() for row in rows]
         if self.layout.classes:
             return list(self.layout.classes)
         file = self.root / "classes.txt"
         if not file.is_file():
             raise UserError(f"the classes have no names: give --data.classes, or a file {file} with one per line")
-        return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [line.strip() for line in read_text(file).splitlines() if line.strip()]
 
 
 class SceneMasks(SegmentationData):
