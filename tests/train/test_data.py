@@ -10,6 +10,7 @@ from PIL import Image
 from timm.data.auto_augment import NAME_TO_OP
 
 from visionattn.errors import UserError
+from visionattn.train.cli import run
 from visionattn.train.data import Digits, Images
 from visionattn.train.data.transforms import train_transform
 
@@ -164,9 +165,8 @@ def test_tars_hold_images_of_every_format_and_nothing_hidden(folder, tmp_path, t
     data.check(["train"])
     train, name = data.dataset("train")
     wanted = ["cat", "dog", "owl"]
-    assert [
-        name for name in data.class_names if name in wanted
-    ] == wanted and ".ipynb_checkpoints" not in data.class_names
+    assert [name for name in data.class_names if name in wanted] == wanted
+    assert ".ipynb_checkpoints" not in data.class_names
     assert sum(data.class_names[train.read(i)[1]] in wanted for i in range(len(train)) if "loose" not in name(i)) == 24
 
 
@@ -266,3 +266,35 @@ def test_increasing_policies_work_with_every_pillow():
     for seed in range(30):
         torch.manual_seed(seed)
         assert transform(Image.new("RGB", (40, 40), "red")).shape == (3, 32, 32)
+
+
+def test_a_test_folder_is_tested_on_and_named(folder):
+    data = images(folder)
+    assert data.origin("test") == data.origin("val") == str(folder / "val")  # where there is no other
+    shutil.copytree(folder / "train", folder / "test")
+    data = images(folder)
+    test, name = data.dataset("test")
+    assert len(test) == 24 and name(0).startswith(str(folder / "test")) and data.origin("test") == str(folder / "test")
+    assert len(data.dataset("val")[0]) == 9
+    assert images(folder, test_split="val").origin("test") == str(folder / "val")
+    data = images(folder, dataset="torch/image_folder")
+    assert len(data.dataset("test")[0]) == 24 and data.origin("test") == "torch/image_folder, test"
+
+
+def test_a_test_folder_without_classes_is_refused_with_the_way_out(folder):
+    (folder / "test").mkdir()
+    shutil.copy(folder / "val" / "cat" / "0.png", folder / "test")
+    with pytest.raises(UserError, match="no class folders in .*test: .*--data.test_split name other folders"):
+        images(folder).check(["test"])
+
+
+@pytest.mark.parametrize("command, split", [("test", "test"), ("validate", "val")])
+def test_scores_say_which_images_they_are_of(folder, tmp_path, capsys, command, split):
+    shutil.copytree(folder / "train", folder / "test")
+    model = ["--model.name=test_resnet", f"--data.root={folder}", "--data.img_size=32", "--data.num_workers=0"]
+    run([command, "--data=Images", *model, f"--out={tmp_path / 'out'}"])
+    assert f"{split} scores are of {folder / split}\n" in capsys.readouterr().out
+
+
+def test_generated_images_say_that_they_are_those_of_validation():
+    assert Digits().origin("test") == "the validation images of Digits"

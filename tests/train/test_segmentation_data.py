@@ -243,3 +243,20 @@ def test_a_mistake_found_while_loading_in_another_process_is_one_line(tmp_path, 
     head = ["--model=Segmentation", "--model.head=mlp", "--model.head_args={width: 16}", f"--out={tmp_path / 'run'}"]
     with pytest.raises(UserError, match=r"^\S*val/0.jpg is 64 x 64, .* pixels: they must be the same$"):
         run(["fit", "--data=Masks", *flags, *tiny, *head, "--trainer.max_epochs=1"])
+
+
+def test_a_test_folder_is_tested_on_and_named(tmp_path):
+    root = folders(tmp_path)
+    assert masks(root).origin("test") == str(root / "images" / "val")  # where there is no other
+    for kind in ("images", "masks"):
+        shutil.copytree(root / kind / "train", root / kind / "test")
+    for arguments in ({}, {"val_split": "train"}):
+        data = masks(root, **arguments)
+        assert data.origin("test") == str(root / "images" / "test") and len(data.dataset("test")[0]) == 4
+    assert masks(root, test_split="val").origin("test") == str(root / "images" / "val")
+
+
+@pytest.mark.parametrize("layout", ["ade20k", "cityscapes", "voc"])
+def test_layouts_without_public_test_maps_are_tested_on_validation(tmp_path, layout):
+    data = masks(MASKS[layout](tmp_path), layout=layout)
+    assert data.origin("test") == data.origin("val") and len(data.dataset("test")[0]) == 2

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -176,6 +177,24 @@ def test_annotations_of_a_picture_lying_down_are_refused_in_these_words(tmp_path
     message = "1.jpg is 40 x 64 pixels, its annotations say 64 x 40.* stored as 64 x 40 and turned upright by its EXIF"
     with pytest.raises(UserError, match=message):
         objects(root, masks=False).check(["train"])
+
+
+def test_a_test_split_is_tested_on_and_named(tmp_path):
+    root = coco(tmp_path / "coco")
+    assert objects(root).origin("test") == objects(root).origin("val")  # where there is no other
+    shutil.copytree(root / "train2017", root / "test2017")
+    shutil.copy(root / "annotations" / "instances_train2017.json", root / "annotations" / "instances_test2017.json")
+    data = objects(root)
+    assert len(data.dataset("test")[0]) == 5 and len(data.dataset("val")[0]) == 3
+    assert "test2017, annotated in" in data.origin("test") and data.origin("test").endswith("instances_test2017.json")
+    given = dict(test_annotations="annotations/instances_val2017.json", test_images="val2017")
+    assert objects(root, **given).origin("test") == objects(root).origin("val")
+    with pytest.raises(UserError, match="give their file too, with --data.test_annotations"):
+        objects(root, test_images="test2017")
+    root = voc_boxes(tmp_path / "voc")
+    settings = dict(layout="voc", masks=False)
+    assert objects(root, val_split="trainval", **settings).origin("test").endswith("Main/test.txt")
+    assert objects(root, test_split="trainval", **settings).origin("test").endswith("Main/trainval.txt")
 
 
 def test_missing_files_are_named(tmp_path):

@@ -45,6 +45,10 @@ class Data(pl.LightningDataModule):
         """The data set of ``split`` (``"train"``, ``"val"`` or ``"test"``), and what names its images."""
         raise NotImplementedError
 
+    def origin(self, split: str) -> str:
+        """Where the images of ``split`` come from, to be said with a score; generated data tests on validation's."""
+        return f"the {'training' if split == 'train' else 'validation'} images of {type(self).__name__}"
+
     def check(self, splits: list[str]) -> None:
         """Look for damaged data before any work starts; raises ``UserError``."""
 

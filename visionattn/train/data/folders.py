@@ -44,7 +44,10 @@ class ClassFolders(Reader):
                 classes.append(entry)
         classes.sort(key=lambda entry: natural_key(entry.name))
         if not classes:
-            raise UserError(f"no class folders in {folder}: expected {folder / 'CLASS' / 'IMAGE.jpg'}")
+            raise UserError(
+                f"no class folders in {folder}: expected {folder / 'CLASS' / 'IMAGE.jpg'}; --data.train_split, "
+                "--data.val_split and --data.test_split name other folders"
+            )
         names = [entry.name for entry in classes]
         files = {entry.name: self._images(entry.path, endings_) for entry in classes}
         if empty := [entry.path for entry in classes if not files[entry.name]]:
@@ -98,7 +101,7 @@ def drop_hidden(reader: ReaderImageInTar) -> None:
 
 
 def is_image_below(path: str, root: str, kinds: frozenset[str]) -> bool:
-    """Whether ``path`` is an image of an ending among ``kinds`` and nothing on the way to it from ``root`` is hidden."""
+    """Whether ``path`` is an image with an ending among ``kinds``, and nothing from ``root`` to it is hidden."""
     return is_image(path, kinds) and not _any_hidden(os.path.relpath(path, root))
 
 

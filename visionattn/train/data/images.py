@@ -33,7 +33,7 @@ class Images(Data):
         dataset: Empty for an image folder, else a timm name: ``hfds/...``, ``wds/...``, ``tfds/...``, ``torch/...``.
         train_split: Name of the training split; folders also answer to "training".
         val_split: Name of the validation split; folders also answer to "validation", "valid" and "eval".
-        test_split: Name of the test split; the validation split if not given.
+        test_split: Name of the test split; if not given a folder's "test", or the validation split where there is none.
         num_classes: Number of classes, where the data set does not tell.
         dataset_args: Further arguments of ``create_dataset`` (``download``, ``input_key``, ``num_samples``, ...).
         model: Whose preprocessing to follow; taken from ``model.name``.
@@ -90,7 +90,7 @@ class Images(Data):
         if img_size is not None and img_size < 1:
             raise UserError(f"data.img_size is {img_size}: it must be at least 1")
         self.root, self.source, self.dataset_args = root, dataset, dataset_args or {}
-        self.splits = {"train": train_split, "val": val_split, "test": test_split or val_split}
+        self.splits = {"train": train_split, "val": val_split, "test": test_split or self._test_split(val_split)}
         self.check_images, self.bad_images = check_images, bad_images
         given = dict(img_size=img_size, mean=mean, std=std, interpolation=interpolation, crop_pct=crop_pct)
         config = resolve_data_config(given, pretrained_cfg=_published(model))
@@ -127,6 +127,9 @@ class Images(Data):
             return Decoded(data), lambda index: data.filename(index, absolute=True)
         return data, lambda index: f"{index} of {self.source} {self.splits[split]}"
 
+    def origin(self, split: str) -> str:
+        return str(self._folder(split)) if self._is_folder else f"{self.source or self.root}, {self.splits[split]}"
+
     def check(self, splits: list[str]) -> None:
         for split in splits:
             data, name = self.dataset(split)
@@ -147,6 +150,16 @@ class Images(Data):
     def _is_folder(self) -> bool:
         return not self.source and Path(self.root).is_dir()
 
+    @property
+    def _is_torch_folder(self) -> bool:
+        """Whether torchvision reads an image folder."""
+        return self.source.lower() in ("torch/folder", "torch/image_folder")
+
+    def _test_split(self, val_split: str) -> str:
+        """What is tested on if nobody says: the test folder if there is one."""
+        has_folders = self._is_folder or self._is_torch_folder
+        return next((name for name in FOLDERS["test"] if has_folders and Path(self.root, name).is_dir()), val_split)
+
     def _folder(self, split: str) -> Path:
         name = self.splits[split]
         kin = next((names for names in FOLDERS.values() if name in names), (name,))
@@ -155,7 +168,7 @@ class Images(Data):
                 return folder
         raise UserError(
             f"no {name!r} folder in {self.root}: expected {Path(self.root, name, 'CLASS', 'IMAGE.jpg')}, "
-            "or name the split with --data.train_split and --data.val_split"
+            "or name the split with --data.train_split, --data.val_split and --data.test_split"
         )
 
     def _classes(self) -> dict[str, int]:
@@ -210,7 +223,7 @@ class Images(Data):
     @property
     def _reading(self) -> dict[str, Any]:
         """Arguments of ``create_dataset`` that make its readers see the images that ours see."""
-        if self.source.lower() in ("torch/folder", "torch/image_folder"):
+        if self._is_torch_folder:
             return dict(is_valid_file=partial(is_image_below, root=self.root, kinds=endings()))
         return dict(input_img_mode="") if self._streams_images else {}
 

@@ -49,7 +49,7 @@ class Layout:
     Attributes:
         images: Folder of the images of a split, below the root.
         masks: Folder of its class maps.
-        splits: The split names of this set for train, val and test.
+        splits: The split names of this set for train and val, and for test if its class maps are public.
         rename: What in an image's stem becomes what in the class map's.
         listing: File with the stems of a split, one per line, if not the folder says what belongs to it.
         classes: Class names, if the layout says.
@@ -74,14 +74,14 @@ LAYOUTS = {
     "ade20k": Layout(
         "images/{split}",
         "annotations/{split}",
-        dict(train="training", val="validation", test="validation"),
+        dict(train="training", val="validation"),
         classes=[str(n) for n in range(1, 151)],
         values=list(range(1, 151)),  # 0 is what belongs to none of the 150 classes
     ),
     "cityscapes": Layout(
         "leftImg8bit/{split}",
         "gtFine/{split}",
-        dict(train="train", val="val", test="val"),
+        dict(train="train", val="val"),
         rename=("_leftImg8bit", "_gtFine_labelIds"),
         classes=[name for name, _ in CITYSCAPES.values()],
         palette=[color for _, color in CITYSCAPES.values()],
@@ -91,7 +91,7 @@ LAYOUTS = {
     "voc": Layout(
         "JPEGImages",
         "SegmentationClass",
-        dict(train="train", val="val", test="val"),
+        dict(train="train", val="val"),
         listing="ImageSets/Segmentation/{split}.txt",
         classes=VOC,
     ),

@@ -167,13 +167,18 @@ def read_coco(file: Path, folder: Path, known: list[int] | None = None) -> Annot
     return Annotations(list(images.values()), [categories[i] for i in ids], ids, dropped)
 
 
+def voc_listing(root: Path, split: str) -> Path:
+    """The file that says which images belong to a split."""
+    return root / "ImageSets" / "Main" / f"{split}.txt"
+
+
 def read_voc(root: Path, split: str, classes: list[str]) -> Annotations:
     """Read the annotations of a VOC split: ImageSets/Main/SPLIT.txt, Annotations/*.xml, JPEGImages/*.
 
     Raises:
         UserError: If one of these is missing or broken, or names a class that is not in ``classes``.
     """
-    listing = root / "ImageSets" / "Main" / f"{split}.txt"
+    listing = voc_listing(root, split)
     label, images, dropped = {name: index for index, name in enumerate(classes)}, [], []
     for picture in listed(listing, root / "JPEGImages", split):
         stem, file = picture.stem, root / "Annotations" / f"{picture.stem}.xml"

@@ -145,8 +145,10 @@ class Masks(SegmentationData):
             "ade20k", "cityscapes" or "voc" as they are distributed.
         classes: Names of the classes of "folders"; its file classes.txt, one per line, if not given.
         ignored: Values in the class maps that neither train nor count.
-        val_split: Name of the validation split, if not the layout's own.
         train_split: Name of the training split, if not the layout's own.
+        val_split: Name of the validation split, if not the layout's own.
+        test_split: Name of the test split; if not given "test" of "folders", or the validation split where there is
+            none and in the other layouts, whose test images have no public class maps.
         img_size: Side of the training crop.
         short_side: Short side of the images, at scale 1 in training; ``img_size`` if not given.
         long_side: Largest long side in evaluation.
@@ -168,6 +170,7 @@ class Masks(SegmentationData):
         ignored: list[int] = [255],  # noqa: B006  (never changed; the parser wants a list)
         train_split: str | None = None,
         val_split: str | None = None,
+        test_split: str | None = None,
         img_size: int = 512,
         short_side: int | None = None,
         long_side: int = 2048,
@@ -189,8 +192,10 @@ class Masks(SegmentationData):
             raise UserError(f"no such data folder: {root}. Give an existing one with --data.root")
         self.root, self.layout, self.check_images = Path(root), LAYOUTS[layout], check_images
         self.found: dict[str, Found] = {}
-        own = {k: v for k, v in (("train", train_split), ("val", val_split), ("test", val_split)) if v}
+        own = {k: v for k, v in (("train", train_split), ("val", val_split), ("test", test_split)) if v}
         self.splits = self.layout.splits | own
+        if not test_split and not ("test" in self.splits and self._images("test").is_dir()):
+            self.splits["test"] = self.splits["val"]
         self.class_names = classes or self._classes()
         self.num_classes = len(self.class_names)
         if not 2 <= self.num_classes < INVALID:
@@ -201,6 +206,10 @@ class Masks(SegmentationData):
         ignored = {0, *ignored} if self.layout.values and 0 not in self.layout.values else ignored
         self.table = lookup(values, ignored, self.layout.others)
         self.palette = self.layout.palette or voc_palette(self.num_classes)
+
+    def origin(self, split: str) -> str:
+        listing = self.layout.listing
+        return str(self.root / listing.format(split=self.splits[split]) if listing else self._images(split))
 
     def dataset(self, split: str):
         pairs, self.found[split] = find_pairs(self.root, self._layout(split), split)
@@ -216,6 +225,9 @@ class Masks(SegmentationData):
                     f"warning: {len(bad)} unreadable images or class maps are skipped: {some(map(name, bad))} "
                     f"(the first: {next(iter(bad.values()))})"
                 )
+
+    def _images(self, split: str) -> Path:
+        return self.root / self.layout.images.format(split=self.splits[split])
 
     def _layout(self, split: str):
         from dataclasses import replace
