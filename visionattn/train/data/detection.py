@@ -165,10 +165,10 @@ class Objects(DetectionData):
         self.transform = v2.Compose(steps) if steps else None
         # The classes are those of the training split, unless there is only one to validate on.
         source = "train" if layout == "voc" or (self.root / train_annotations).is_file() else "val"
-        self.known: list[int] | None = None
+        self.known: dict[int, str] | None = None
         first = self.annotations(source)
         self.class_names, self.category_ids = first.names, first.ids
-        self.num_classes, self.known = len(first.names), first.ids
+        self.num_classes, self.known = len(first.names), dict(zip(first.ids, first.names, strict=True))
         self.preprocess = dict(input_size=[3, 800, 800])
 
     def _test_files(self, annotations: str | None, images: str | None) -> tuple[str, str]:
@@ -193,7 +193,7 @@ class Objects(DetectionData):
         if self.layout == "voc":
             return read_voc(self.root, self.splits[split], self.voc_classes)
         file, folder = self.files[split]
-        return read_coco(self.root / file, self.root / folder, self.known)
+        return read_coco(self.root / file, self.root / folder, self.has_masks, self.known)
 
     def dataset(self, split: str):
         training, images = split == "train", self.annotations(split).images
