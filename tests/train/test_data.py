@@ -12,6 +12,7 @@ from timm.data.auto_augment import NAME_TO_OP
 from visionattn.errors import UserError
 from visionattn.train.cli import run
 from visionattn.train.data import Digits, Images
+from visionattn.train.data.images import from_stream
 from visionattn.train.data.transforms import train_transform
 
 
@@ -217,6 +218,8 @@ def test_streams_turn_images_upright_and_scale_deep_ones(monkeypatch):
     data = Images(dataset="wds/x", num_classes=2, img_size=32, batch_size=4, num_workers=0, mean=[0] * 3, std=[1] * 3)
     pixels, _ = next(iter(data.dataset("val")[0]))
     assert made["input_img_mode"] == "" and pixels.shape == (3, 32, 32) and abs(pixels.mean() - 0.5) < 0.01
+    with pytest.raises(UserError, match="an image in the stream cannot be used: .* integers from 70000 to 70000"):
+        from_stream(Image.new("I", (4, 4), 70000))
 
 
 @pytest.mark.timeout(60)
@@ -298,3 +301,11 @@ def test_scores_say_which_images_they_are_of(folder, tmp_path, capsys, command, 
 
 def test_generated_images_say_that_they_are_those_of_validation():
     assert Digits().origin("test") == "the validation images of Digits"
+
+
+def test_a_single_class_is_refused(folder):
+    for split in ("train", "val"):
+        for name in ("dog", "owl"):
+            shutil.rmtree(folder / split / name)
+    with pytest.raises(UserError, match=r"has one class \(cat\): there is nothing to tell apart"):
+        images(folder)

@@ -260,3 +260,61 @@ def test_a_test_folder_is_tested_on_and_named(tmp_path):
 def test_layouts_without_public_test_maps_are_tested_on_validation(tmp_path, layout):
     data = masks(MASKS[layout](tmp_path), layout=layout)
     assert data.origin("test") == data.origin("val") and len(data.dataset("test")[0]) == 2
+
+
+def rewrite(root, change, split="train"):
+    for file in sorted((root / "masks" / split).iterdir()):
+        save(file, change(np.array(Image.open(file))))
+
+
+def test_foreground_of_the_value_that_is_ignored_is_refused_with_the_remedy(tmp_path, capsys):
+    root = folders(tmp_path, train=6)
+    (root / "classes.txt").write_text("background\nthing")
+    for split in ("train", "val"):
+        rewrite(root, lambda values: np.where(values, 255, 0).astype(np.uint8), split)
+    data = masks(root, check_images=2)
+    message = "images/train: the class maps have only the class 'background' and what is ignored .the values 255."
+    with pytest.raises(UserError, match=message):
+        data.check(["train"])
+    data.check(["val"])
+    assert "warning" in (line := capsys.readouterr().out) and "--data.values [0,255]" in line
+    data = masks(root, values=[0, 255])
+    data.check(["train", "val"])
+    assert set(data.dataset("train")[0].classes(0).unique().tolist()) == {0, 1} and not capsys.readouterr().out
+
+
+def test_a_rare_class_is_found_before_maps_of_one_class_are_refused(tmp_path):
+    root = folders(tmp_path, train=6)
+    maps = iter([0, 0, 0, 0, 0, 1])
+    rewrite(root, lambda values: np.full_like(values, next(maps)))
+    masks(root, check_images=2).check(["train"])
+    rewrite(root, np.zeros_like)
+    with pytest.raises(UserError, match="only the class 'photograph': there is nothing to tell apart"):
+        masks(root).check(["train"])
+    rewrite(root, lambda values: np.full_like(values, 255))
+    with pytest.raises(UserError, match="the class maps have no class and what is ignored"):
+        masks(root).check(["train"])
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(values=[0, 255]), "data.classes has 11 names, but values are given for 2 classes"),
+        (dict(classes=["a", "b"], values=[1, 1]), r"data.values is \[1, 1\].*no two classes the same"),
+        (dict(classes=["a", "b"], values=[0, 256]), r"data.values is \[0, 256\].*from 0 to 255"),
+        (dict(ignored=[-1]), r"data.ignored \[-1\]: from 0 to 255"),
+        (dict(classes=["a", "b", "a"]), "data.classes names classes twice: a"),
+    ],
+)
+def test_values_and_names_are_checked(tmp_path, arguments, message):
+    with pytest.raises(UserError, match=message):
+        masks(folders(tmp_path), **arguments)
+
+
+def test_class_names_are_utf_8_without_a_byte_order_mark(tmp_path):
+    file = folders(tmp_path) / "classes.txt"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert masks(tmp_path).class_names[0] == "photograph"
+    file.write_bytes("Häuser\nStraße".encode("latin-1"))
+    with pytest.raises(UserError, match="classes.txt is not UTF-8 text: save it as such"):
+        masks(tmp_path)

@@ -13,6 +13,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from visionattn.errors import UserError, some
+from visionattn.train.data.base import require_distinct
 from visionattn.train.data.dense import DenseBatch, DenseData, collate
 from visionattn.train.data.layouts import bright_palette
 from visionattn.train.data.objects import VOC_CLASSES, Annotated, Annotations, read_coco, read_voc, voc_listing
@@ -158,6 +159,7 @@ class Objects(DetectionData):
         self.files = {"train": (train_annotations, train_images), "val": (val_annotations, val_images)}
         self.files["test"] = self._test_files(test_annotations, test_images)
         self.voc_classes = classes or VOC_CLASSES
+        require_distinct(self.voc_classes, "data.classes")
         self.keep_empty, self.check_images = empty_images == "train", check_images
         steps: list[v2.Transform] = [v2.RandomPhotometricDistort()] if photometric else []
         steps += [v2.RandomIoUCrop()] if crop else []

@@ -148,6 +148,7 @@ class ByStem:
         if os.path.lexists(path) or not self.folder.is_dir():
             return path
         if self.others is None:
-            files = [Path(entry.path) for entry in entries(self.folder) if is_image(entry.path, endings())]
+            kinds = endings()
+            files = [Path(entry.path) for entry in entries(self.folder) if is_image(entry.path, kinds)]
             self.others = {file.stem: file for file in files}
         return self.others.get(stem, path)

@@ -34,7 +34,7 @@ class ClassFolders(Reader):
 
     def __init__(self, folder: Path, known: dict[str, int] | None = None, kinds: list[str] | None = None) -> None:
         super().__init__()
-        self.found, endings_, classes = Found(), frozenset(kinds or endings()), []
+        self.found, counted, classes = Found(), frozenset(kinds or endings()), []
         for entry in entries(folder):
             if not is_folder(entry):
                 self.found.others["outside of the class folders"] += [] if is_hidden(entry.name) else [entry.path]
@@ -49,7 +49,7 @@ class ClassFolders(Reader):
                 "--data.val_split and --data.test_split name other folders"
             )
         names = [entry.name for entry in classes]
-        files = {entry.name: self._images(entry.path, endings_) for entry in classes}
+        files = {entry.name: self._images(entry.path, counted) for entry in classes}
         if empty := [entry.path for entry in classes if not files[entry.name]]:
             raise UserError(f"no images in class folder {some(empty)}: fill or remove it")
         if known is not None and (extra := [name for name in names if name not in known]):

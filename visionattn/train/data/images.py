@@ -15,7 +15,7 @@ from visionattn.errors import UserError, one_line, some
 from visionattn.train.data.base import Data
 from visionattn.train.data.finder import endings
 from visionattn.train.data.folders import ClassFolders, all_images_in_tars, drop_hidden, is_image_below
-from visionattn.train.data.pictures import as_seen, open_image
+from visionattn.train.data.pictures import UnreadableImage, as_seen, open_image
 from visionattn.train.data.sampling import spread, unreadable
 from visionattn.train.data.transforms import train_transform
 from visionattn.weights.card import check_model_name
@@ -115,6 +115,11 @@ class Images(Data):
         names = sorted(self.class_to_idx, key=self.class_to_idx.get)
         self.class_names = names or [str(index) for index in range(num_classes)]
         self.num_classes = len(self.class_names)
+        if self.num_classes < 2:
+            raise UserError(
+                f"{root or dataset} has one class ({some(self.class_names)}): there is nothing to tell apart, and the "
+                "loss is 0 from the start. Add a class, such as one of everything else"
+            )
 
     def dataset(self, split: str):
         training = split == "train"
@@ -122,7 +127,7 @@ class Images(Data):
         augment = self.preprocess | self.augment
         data.transform = train_transform(**augment) if training else create_transform(**self.preprocess)
         if self._streams_images and "input_img_mode" not in self.dataset_args:
-            data.transform = Compose([as_seen, data.transform])
+            data.transform = Compose([from_stream, data.transform])
         if hasattr(data, "reader") and not hasattr(data, "set_epoch"):
             return Decoded(data), lambda index: data.filename(index, absolute=True)
         return data, lambda index: f"{index} of {self.source} {self.splits[split]}"
@@ -250,6 +255,14 @@ class Decoded:
         """The image as it is in the file, and its class."""
         source, target, *_ = self.dataset.reader[index]
         return open_image(source, self.dataset.input_img_mode or "RGB"), target
+
+
+def from_stream(image: Image.Image) -> Image.Image:
+    """An image that a stream decoded, upright and in RGB; a stream cannot leave one out, so that stops the run."""
+    try:
+        return as_seen(image)
+    except UnreadableImage as error:
+        raise UserError(f"an image in the stream cannot be used: {error.why}") from error
 
 
 def _published(model: str | None) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class Annotated:
     places: list[tuple[Path, Any]] = field(default_factory=list)
 
     def add(self, box: list[float], label: int, ignored: bool, shape: Any, place: tuple[Path, Any]) -> bool:
-        """Add an object, its box cut at the image's border, and return True; False if less than a pixel is left of it."""
+        """Add an object, its box cut at the image's border, and return True; False if no pixel of it is left."""
         height, width = self.size
         left, right = (min(max(float(x), 0.0), float(width)) for x in box[::2])
         top, bottom = (min(max(float(y), 0.0), float(height)) for y in box[1::2])

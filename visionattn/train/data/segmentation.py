@@ -1,6 +1,7 @@
 """Images with a class per pixel: the data set layouts that papers use, folders of your own, and generated scenes."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,12 +12,13 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
 from visionattn.errors import UserError, some
+from visionattn.train.data.base import require_distinct
 from visionattn.train.data.dense import DenseBatch, DenseData, collate
 from visionattn.train.data.finder import Found
 from visionattn.train.data.joint import IGNORE, eval_image, train_segmentation
 from visionattn.train.data.layouts import INVALID, LAYOUTS, find_pairs, lookup, read_text, voc_palette
 from visionattn.train.data.pictures import open_classes, open_image, turned
-from visionattn.train.data.sampling import spread, unreadable
+from visionattn.train.data.sampling import UNREADABLE, spread, unreadable
 from visionattn.train.data.scenes import DIGITS, Scenes
 
 
@@ -74,6 +76,34 @@ def ranges(values: np.ndarray) -> str:
     """Numbers in short, such as "0-20, 255"."""
     parts = np.split(values, np.flatnonzero(np.diff(values) > 1) + 1)
     return ", ".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)
+
+
+def one_class(data: Pairs, first: Sequence[int], names: list[str]) -> str:
+    """What is wrong if there are not two classes in all the class maps that can be read, and what may help.
+
+    Args:
+        data: Where they are.
+        first: Which of them to look at first: the rest is only read if these have one class.
+        names: Of the classes.
+    """
+    seen: set[int] = set()
+    for index in dict.fromkeys([*first, *range(len(data))]):
+        try:
+            seen.update(np.flatnonzero(np.bincount(data.classes(index).flatten(), minlength=256)).tolist())
+        except UNREADABLE:
+            continue
+        if len(seen - {IGNORE}) > 1:
+            return ""
+    if not seen:
+        return ""
+    only = f"only the class {names[min(seen)]!r}" if seen - {IGNORE} else "no class"
+    if IGNORE not in seen:
+        return f"the class maps have {only}: there is nothing to tell apart. Give maps that show the other classes"
+    ignored = ranges(np.flatnonzero(data.table == IGNORE))
+    return (
+        f"the class maps have {only} and what is ignored (the values {ignored}). If such a value is a class, say which "
+        "value each class has: --data.values [0,255], say"
+    )
 
 
 class SegmentationData(DenseData):
@@ -144,7 +174,8 @@ class Masks(SegmentationData):
         layout: "folders": images/SPLIT/NAME.jpg and masks/SPLIT/NAME.png, classes counted from 0; or the layout of
             "ade20k", "cityscapes" or "voc" as they are distributed.
         classes: Names of the classes of "folders"; its file classes.txt, one per line, if not given.
-        ignored: Values in the class maps that neither train nor count.
+        values: Value in the class maps of each class, such as [0, 255]; the layout's own if not given.
+        ignored: Values in the class maps that neither train nor count, unless they are a class's.
         train_split: Name of the training split, if not the layout's own.
         val_split: Name of the validation split, if not the layout's own.
         test_split: Name of the test split; if not given "test" of "folders", or the validation split where there is
@@ -167,6 +198,7 @@ class Masks(SegmentationData):
         root: str = "",
         layout: Literal["folders", "ade20k", "cityscapes", "voc"] = "folders",
         classes: list[str] | None = None,
+        values: list[int] | None = None,
         ignored: list[int] = [255],  # noqa: B006  (never changed; the parser wants a list)
         train_split: str | None = None,
         val_split: str | None = None,
@@ -197,13 +229,19 @@ class Masks(SegmentationData):
         if not test_split and not ("test" in self.splits and self._images("test").is_dir()):
             self.splits["test"] = self.splits["val"]
         self.class_names = classes or self._classes()
+        if classes or not self.layout.classes:  # a layout's own are not the user's to mend
+            require_distinct(self.class_names, "data.classes" if classes else self.root / "classes.txt")
         self.num_classes = len(self.class_names)
         if not 2 <= self.num_classes < INVALID:
             raise UserError(f"data.classes has {self.num_classes} classes: 2 to {INVALID - 1} are possible")
-        values = self.layout.values or range(self.num_classes)
+        values = values or self.layout.values or list(range(self.num_classes))
         if len(values) != self.num_classes:
-            raise UserError(f"data.classes has {self.num_classes} names; the layout {layout} has {len(values)} classes")
-        ignored = {0, *ignored} if self.layout.values and 0 not in self.layout.values else ignored
+            raise UserError(
+                f"data.classes has {self.num_classes} names, but values are given for {len(values)} classes"
+            )
+        if len(set(values)) < len(values) or not all(0 <= value <= 255 for value in (*values, *ignored)):
+            raise UserError(f"data.values is {values}, data.ignored {ignored}: from 0 to 255, no two classes the same")
+        ignored = {0, *ignored} if self.layout.values and 0 not in values else ignored
         self.table = lookup(values, ignored, self.layout.others)
         self.palette = self.layout.palette or voc_palette(self.num_classes)
 
@@ -220,11 +258,16 @@ class Masks(SegmentationData):
         for split in splits:
             data, name = self.dataset(split)
             self.found[split].warn(self.root)
-            if bad := unreadable(data.read, spread(len(data), self.check_images)):
+            checked = spread(len(data), self.check_images)
+            if bad := unreadable(data.read, checked):
                 print(
                     f"warning: {len(bad)} unreadable images or class maps are skipped: {some(map(name, bad))} "
                     f"(the first: {next(iter(bad.values()))})"
                 )
+            if checked and (fault := one_class(data, checked, self.class_names)):
+                if split == "train":
+                    raise UserError(f"{self.origin(split)}: {fault}")
+                print(f"warning: {self.origin(split)}: {fault}")
 
     def _images(self, split: str) -> Path:
         return self.root / self.layout.images.format(split=self.splits[split])
