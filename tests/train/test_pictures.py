@@ -133,6 +133,7 @@ def test_the_white_of_a_deep_pgm_is_what_it_says(tmp_path, white):
         (RAMP.astype(np.float32) - 0.5, "floats from -0.5 to 0.5"),
         (np.full((4, 4), np.nan, np.float32), "floats from nan to nan"),
         ((RAMP * 70000).astype(np.int32), "integers from 0 to 70000"),
+        ((RAMP * 255).astype(np.uint16), "its 16-bit pixels reach 255 of 65535 only: save bytes with 8 bits"),
     ],
 )
 def test_pixels_without_a_known_white_are_refused(tmp_path, pixels, message):

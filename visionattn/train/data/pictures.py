@@ -149,6 +149,8 @@ def _in_bytes(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
     low, high = values.min(), values.max()
     if image.mode.startswith("I;16"):
+        if 0 < high <= 255:  # as good as black, or bytes that were saved in the wrong type
+            raise UnreadableImage("an image", f"its 16-bit pixels reach {high} of 65535 only: save bytes with 8 bits")
         bits = image.tag_v2.get(258, (16,))[0] if image.format == "TIFF" else 16
         white = 2**bits - 1
     elif image.mode == "I" and image.format == "PPM":
