@@ -1,9 +1,12 @@
 import csv
 import json
+import os
+from pathlib import Path
 
 import pytest
 import timm
 import torch
+from PIL import Image
 
 from visionattn.errors import UserError
 from visionattn.train.cli import run
@@ -57,6 +60,29 @@ def test_unreadable_images_are_named_and_skipped(run_dir, pictures, tmp_path, ca
     (pictures / "b.png").write_bytes(b"no image")
     results = predict([str(pictures)], str(run_dir / "checkpoints" / "last.ckpt"), output=str(tmp_path / "p.json"))
     assert len(results) == 3 and "skipped 1 unreadable images" in (err := capsys.readouterr().err) and "b.png" in err
+
+
+def test_a_folder_gives_every_kind_of_image_and_names_the_rest(run_dir, pictures, tmp_path, capsys):
+    for name in ("a.png", "b.png"):
+        Image.open(pictures / name).save((pictures / name).with_suffix(".webp" if name == "a.png" else ".tif"))
+        (pictures / name).unlink()
+    (pictures / ".ipynb_checkpoints").mkdir()
+    (pictures / "notes.txt").write_text("")
+    os.mkfifo(pictures / "pipe.png")
+    results = predict([str(pictures)], str(run_dir / "checkpoints" / "last.ckpt"), output=str(tmp_path / "p.json"))
+    assert [Path(result["file"]).name for result in results] == ["a.webp", "b.tif", "d.png", "c.jpg"]
+    err = capsys.readouterr().err
+    assert "pipe.png (a named pipe, not a regular file)" in err
+    assert "1 hidden (.ipynb_checkpoints), 1 without the ending of an image (notes.txt)" in err
+
+
+def test_pictures_are_turned_upright_before_they_are_classified(run_dir, pictures, tmp_path):
+    exif, picture = Image.Exif(), Image.open(pictures / "a.png")
+    exif[0x0112] = 6
+    picture.rotate(90).save(pictures / "turned.png", exif=exif)
+    files = [str(pictures / name) for name in ("a.png", "turned.png")]
+    first, second = predict(files, str(run_dir / "checkpoints" / "last.ckpt"), output=str(tmp_path / "p.json"))
+    assert first["classes"] == second["classes"]
 
 
 def test_nothing_readable_is_an_error(run_dir, tmp_path):

@@ -170,6 +170,58 @@ def test_unreadable_images_are_replaced_in_training_and_left_out_in_validation(t
     assert "1.jpg" in capfd.readouterr().err
 
 
+def as_format(file, ending, **options):
+    Image.open(file).save(file.with_suffix(f".{ending}"), **options)
+    file.unlink()
+
+
+def test_images_and_class_maps_of_every_format_count(tmp_path, capsys):
+    root = folders(tmp_path)
+    before = masks(root).dataset("train")[0].read(1)[1]
+    for n, ending in enumerate(("webp", "tif", "avif")):
+        as_format(root / "images" / "train" / f"{n}.jpg", ending)
+    as_format(root / "masks" / "train" / "1.png", "bmp")
+    (root / "images" / "train" / ".ipynb_checkpoints").mkdir()
+    (root / "images" / "train" / "raw.cr2").write_bytes(b"")
+    data = masks(root)
+    data.check(["train"])
+    train, name = data.dataset("train")
+    assert [name(i).rsplit("/")[-1] for i in range(4)] == ["0.webp", "1.tif", "2.avif", "3.jpg"]
+    assert torch.equal(train.read(1)[1], before)
+    line = capsys.readouterr().out
+    assert "(images/train/raw.cr2)" in line and "1 hidden (images/train/.ipynb_checkpoints)" in line
+
+
+def test_lists_without_endings_find_images_of_every_format(tmp_path):
+    root = MASKS["voc"](tmp_path)
+    as_format(root / "JPEGImages" / "2007_train1.jpg", "webp")
+    assert masks(root, layout="voc").dataset("train")[1](1).endswith("2007_train1.webp")
+
+
+def turned(file, orientation=6):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.open(file).convert("RGB").rotate(90, expand=True).save(file, exif=exif, quality=95)
+
+
+def test_images_are_turned_upright_onto_their_class_maps(tmp_path):
+    root = folders(tmp_path)
+    plain = masks(root).dataset("val")[0].read(0)[0]
+    turned(root / "images" / "val" / "0.jpg")
+    upright = masks(root).dataset("val")[0].read(0)[0]
+    assert (plain.float() - upright.float()).abs().mean() < 8  # but for the second compression
+    save(root / "masks" / "val" / "0.png", np.zeros((64, 40), np.uint8))
+    save(root / "images" / "val" / "0.jpg", np.zeros((64, 40, 3), np.uint8))
+    turned(root / "images" / "val" / "0.jpg")
+    masks(root).check(["val"])
+    save(root / "masks" / "val" / "0.png", np.zeros((40, 64), np.uint8))
+    message = (
+        r"0.jpg is 40 x 64, .* 64 x 40 pixels: .* stored as 64 x 40 and turned upright by its EXIF .*upright picture"
+    )
+    with pytest.raises(UserError, match=message):
+        masks(root).check(["val"])
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -191,3 +243,78 @@ def test_a_mistake_found_while_loading_in_another_process_is_one_line(tmp_path, 
     head = ["--model=Segmentation", "--model.head=mlp", "--model.head_args={width: 16}", f"--out={tmp_path / 'run'}"]
     with pytest.raises(UserError, match=r"^\S*val/0.jpg is 64 x 64, .* pixels: they must be the same$"):
         run(["fit", "--data=Masks", *flags, *tiny, *head, "--trainer.max_epochs=1"])
+
+
+def test_a_test_folder_is_tested_on_and_named(tmp_path):
+    root = folders(tmp_path)
+    assert masks(root).origin("test") == str(root / "images" / "val")  # where there is no other
+    for kind in ("images", "masks"):
+        shutil.copytree(root / kind / "train", root / kind / "test")
+    for arguments in ({}, {"val_split": "train"}):
+        data = masks(root, **arguments)
+        assert data.origin("test") == str(root / "images" / "test") and len(data.dataset("test")[0]) == 4
+    assert masks(root, test_split="val").origin("test") == str(root / "images" / "val")
+
+
+@pytest.mark.parametrize("layout", ["ade20k", "cityscapes", "voc"])
+def test_layouts_without_public_test_maps_are_tested_on_validation(tmp_path, layout):
+    data = masks(MASKS[layout](tmp_path), layout=layout)
+    assert data.origin("test") == data.origin("val") and len(data.dataset("test")[0]) == 2
+
+
+def rewrite(root, change, split="train"):
+    for file in sorted((root / "masks" / split).iterdir()):
+        save(file, change(np.array(Image.open(file))))
+
+
+def test_foreground_of_the_value_that_is_ignored_is_refused_with_the_remedy(tmp_path, capsys):
+    root = folders(tmp_path, train=6)
+    (root / "classes.txt").write_text("background\nthing")
+    for split in ("train", "val"):
+        rewrite(root, lambda values: np.where(values, 255, 0).astype(np.uint8), split)
+    data = masks(root, check_images=2)
+    message = "images/train: the class maps have only the class 'background' and what is ignored .the values 255."
+    with pytest.raises(UserError, match=message):
+        data.check(["train"])
+    data.check(["val"])
+    assert "warning" in (line := capsys.readouterr().out) and "--data.values [0,255]" in line
+    data = masks(root, values=[0, 255])
+    data.check(["train", "val"])
+    assert set(data.dataset("train")[0].classes(0).unique().tolist()) == {0, 1} and not capsys.readouterr().out
+
+
+def test_a_rare_class_is_found_before_maps_of_one_class_are_refused(tmp_path):
+    root = folders(tmp_path, train=6)
+    maps = iter([0, 0, 0, 0, 0, 1])
+    rewrite(root, lambda values: np.full_like(values, next(maps)))
+    masks(root, check_images=2).check(["train"])
+    rewrite(root, np.zeros_like)
+    with pytest.raises(UserError, match="only the class 'photograph': there is nothing to tell apart"):
+        masks(root).check(["train"])
+    rewrite(root, lambda values: np.full_like(values, 255))
+    with pytest.raises(UserError, match="the class maps have no class and what is ignored"):
+        masks(root).check(["train"])
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(values=[0, 255]), "data.classes has 11 names, but values are given for 2 classes"),
+        (dict(classes=["a", "b"], values=[1, 1]), r"data.values is \[1, 1\].*no two classes the same"),
+        (dict(classes=["a", "b"], values=[0, 256]), r"data.values is \[0, 256\].*from 0 to 255"),
+        (dict(ignored=[-1]), r"data.ignored \[-1\]: from 0 to 255"),
+        (dict(classes=["a", "b", "a"]), "data.classes names classes twice: a"),
+    ],
+)
+def test_values_and_names_are_checked(tmp_path, arguments, message):
+    with pytest.raises(UserError, match=message):
+        masks(folders(tmp_path), **arguments)
+
+
+def test_class_names_are_utf_8_without_a_byte_order_mark(tmp_path):
+    file = folders(tmp_path) / "classes.txt"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert masks(tmp_path).class_names[0] == "photograph"
+    file.write_bytes("Häuser\nStraße".encode("latin-1"))
+    with pytest.raises(UserError, match="classes.txt is not UTF-8 text: save it as such"):
+        masks(tmp_path)

@@ -11,14 +11,13 @@ from typing import Any
 import timm
 import torch
 from lightning.pytorch.cli import LightningArgumentParser
-from PIL import Image
 from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
-from timm.data.readers.img_extensions import get_img_extensions
 from torch import Tensor, nn
 
 import visionattn
 from visionattn.errors import UserError, some
-from visionattn.train.data.sampling import UNREADABLE
+from visionattn.train.data import finder
+from visionattn.train.data.pictures import UnreadableImage, open_image
 from visionattn.weights.card import build, check_model_name, read_card
 from visionattn.weights.errors import WeightsError
 from visionattn.weights.load import load_weights
@@ -82,8 +81,8 @@ def predict(
         for start in range(0, len(files), batch_size):
             names = files[start : start + batch_size]
             tensors = list(pool.map(lambda file: read(file, transform), names))
-            bad += [file for file, tensor in zip(names, tensors, strict=True) if tensor is None]
-            readable = [(file, tensor) for file, tensor in zip(names, tensors, strict=True) if tensor is not None]
+            bad += [tensor for tensor in tensors if isinstance(tensor, UnreadableImage)]
+            readable = [part for part in zip(names, tensors, strict=True) if isinstance(part[1], Tensor)]
             if readable:
                 batch = torch.stack([tensor for _, tensor in readable]).to(device)
                 for (file, _), scores in zip(readable, net(batch).softmax(-1).cpu(), strict=True):
@@ -106,14 +105,14 @@ def predict(
 def find_images(paths: list[str]) -> list[str]:
     """The image files among ``paths`` and below the folders among them."""
     files: list[str] = []
-    kinds = get_img_extensions(as_set=True)
     for path in paths:
         if Path(path).is_dir():
-            found = sorted(str(file) for file in Path(path).rglob("*") if file.suffix.lower() in kinds)
-            if not found:
+            found = finder.find_images(path)
+            found.warn(path, file=sys.stderr)
+            if not found.images:
                 raise UserError(f"no images in folder {path}: expected files such as IMAGE.jpg or IMAGE.png")
-            files += found
-        elif Path(path).is_file():
+            files += sorted(found.images)
+        elif os.path.lexists(path):
             files.append(path)
         else:
             raise UserError(f"no such image or folder: {path}")
@@ -140,13 +139,12 @@ def load(ckpt: str | None, model: str | None) -> tuple[nn.Module, Any, list[str]
     return net, create_transform(**resolve_model_data_config(net)), labels
 
 
-def read(file: str, transform: Any) -> Tensor | None:
-    """The image as the network takes it, or None if it cannot be read."""
+def read(file: str, transform: Any) -> Tensor | UnreadableImage:
+    """The image as the network takes it, or why it cannot be read."""
     try:
-        with Image.open(file) as image:
-            return transform(image.convert("RGB"))
-    except UNREADABLE:
-        return None
+        return transform(open_image(file))
+    except UnreadableImage as error:
+        return error
 
 
 def print_table(results: list[dict[str, Any]], most: int = 20) -> None:

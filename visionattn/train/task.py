@@ -150,6 +150,18 @@ class Task(pl.LightningModule):
     def on_train_epoch_end(self) -> None:
         self.report_unreadable("train")
 
+    def on_test_start(self) -> None:
+        self._say_origin("test")
+
+    def on_validation_start(self) -> None:
+        if self.trainer.state.fn == "validate":
+            self._say_origin("val")
+
+    def _say_origin(self, split: str) -> None:
+        """Print which images the scores that follow are of."""
+        if isinstance(self.trainer.datamodule, Data):
+            self.print(f"{split} scores are of {self.trainer.datamodule.origin(split)}")
+
     def on_validation_epoch_start(self) -> None:
         # Without SyncBatchNorm each process has its own running statistics; the checkpoint holds those of the first.
         if self.trainer.world_size > 1:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -135,10 +136,30 @@ def test_boxes_outside_are_cut_and_empty_ones_left_out_with_a_warning(tmp_path, 
             r"annotation 1 is of category 4, which is not in the file",
         ),
         (lambda c: c["annotations"][0].update(image_id=77), r"annotation 1 is of image 77, which is not in the file"),
-        (lambda c: c["annotations"][0].update(bbox=[1, 2]), r"1.jpg: the box \[1, 2\] is not four numbers"),
+        (lambda c: c["annotations"][0].update(bbox=[1, 2]), r"annotation 1 of 1.jpg: the box \[1, 2\] is not four"),
         (lambda c: c["annotations"][0].update(bbox=[1, 2, float("nan"), 3]), r"is not four numbers"),
-        (lambda c: c["annotations"][0].update(segmentation=[]), r"1.jpg has objects without an outline"),
-        (lambda c: c["images"][0].update(height=50), r"1.jpg is 64 x 64 pixels, its annotations say 64 x 50"),
+        (lambda c: c["annotations"][0].update(segmentation=[]), r"annotation 1 of 1.jpg: it has no outline"),
+        (lambda c: c["annotations"][0].update(bbox=[None, 1, 2, 3]), r"is not four numbers: expected left, top, width"),
+        (lambda c: c["annotations"][0].update(bbox=["1", "1", "2", "3"]), r"is not four numbers"),
+        (lambda c: c["annotations"][0].update(bbox=4), r"the box 4 is not four numbers"),
+        (lambda c: c["annotations"][0].update(image_id="10"), r"1 has the image_id '10', a str, but .* id 10, a int"),
+        (lambda c: c["annotations"][0].update(category_id="8"), r"1 has the category_id '8', a str"),
+        (lambda c: c["annotations"][0].update(image_id=[10]), r"annotation 1 has the image_id|of image \[10\]"),
+        (lambda c: [i.update(id=str(i["id"])) for i in c["images"]], r"but the image has the id '10', a str"),
+        (lambda c: c["annotations"].insert(0, [1]), r"annotation at place 0 is a list: expected an object"),
+        (
+            lambda c: c["categories"][3].update(name="digit 1"),
+            r"category 2 and category 5 have the same name",
+        ),
+        (lambda c: c["categories"][3].update(name=None), r"category 5 has the name None: expected a text"),
+        (lambda c: c["categories"][3].update(id=2), r"category 2 is there twice"),
+        (lambda c: c["categories"][3].update(id="5"), r"category '5' has an id that is a str: expected an integer"),
+        (lambda c: c["images"][1].update(id=10), r"image 10 is there twice"),
+        (lambda c: c["images"][1].update(file_name="1.jpg"), r"image 10 and image 20 have the same file_name"),
+        (
+            lambda c: c["categories"][0].update(name="other"),
+            r"not know: 1 is 'digit 0' here and 'other' in training",
+        ),
         (lambda c: c["images"][0].update(file_name="none.jpg"), r"1 annotated images are not there: .*none.jpg"),
         (lambda c: c.pop("categories"), r"is not a COCO annotation file: KeyError 'categories'"),
         (lambda c: c.update(images=[], annotations=[]), r"has 0 images"),
@@ -150,6 +171,117 @@ def test_damaged_annotations_are_named(tmp_path, damage, message):
     change(coco(tmp_path, train=6), damage)
     with pytest.raises(UserError, match=message):
         objects(tmp_path).check(["train", "val"])
+
+
+FLAT = [5, 5, 25, 5, 25, 25]
+
+
+@pytest.mark.parametrize(
+    "outline, message",
+    [
+        ([[5, 5, 15, 15]], "polygon 1 has 2 corners: expected 3 or more"),
+        ([FLAT, [*FLAT, 5]], "polygon 2 has 7 coordinates: expected an even number"),
+        ([[]], "polygon 1 has 0 corners"),
+        (FLAT, "is a list of numbers: expected a list of polygons"),
+        ([[*FLAT, None, 3]], "polygon 1 is not a list of numbers"),
+        ([[*FLAT, float("nan"), 3]], "polygon 1 is not a list of numbers"),
+        ([[[5, 5], [25, 5], [25, 25]]], "polygon 1 is not a list of numbers"),
+        (["a"], "polygon 1 is not a list of numbers"),
+        ("a", "its outline is a str"),
+        (None, "it has no outline"),
+        ({"counts": "a"}, "its run lengths are incomplete: expected size, and counts"),
+        ({"size": [32, 64], "counts": [2048]}, r"of height and width \[32, 64\]: expected \[64, 64\]"),
+        ({"size": [64, 64], "counts": [0, 4000]}, "add up to 4000 pixels: expected 4096"),
+        ({"size": [64, 64], "counts": [0, 4097, -1]}, "are not all numbers of pixels"),
+        ({"size": [64, 64], "counts": "016"}, "its run lengths are damaged"),
+    ],
+)
+def test_outlines_that_would_become_other_shapes_are_refused(tmp_path, outline, message):
+    root = coco(tmp_path)
+    change(root, lambda content: content["annotations"][0].update(segmentation=outline))
+    with pytest.raises(UserError, match=rf"instances_train2017.json: annotation 1.*: .*{message}") as caught:
+        objects(root).check(["train"])
+    assert "\n" not in str(caught.value)
+    objects(root, masks=False).check(["train"])  # where nobody asks for it
+
+
+def test_run_lengths_of_a_high_image_are_not_those_of_a_wide_one(tmp_path):
+    root = coco(tmp_path)
+    save(root / "train2017" / "1.jpg", np.zeros((64, 40, 3), np.uint8))
+    runs = {"size": [40, 64], "counts": [0, 40 * 64]}
+
+    def swap(content):
+        content["images"][0].update(width=40)
+        content["annotations"] = [content["annotations"][0] | {"bbox": [0, 0, 9, 9], "segmentation": runs}]
+
+    change(root, swap)
+    with pytest.raises(UserError, match=r"of height and width \[40, 64\]: expected \[64, 40\], those of the image"):
+        objects(root)
+
+
+def test_ids_of_images_may_be_texts(tmp_path):
+    root = coco(tmp_path)
+    change(root, lambda content: [entry.update(id=f"i{entry['id']}") for entry in content["images"]])
+    change(root, lambda content: [entry.update(image_id=f"i{entry['image_id']}") for entry in content["annotations"]])
+    objects(root).check(["train"])
+
+
+def test_a_byte_order_mark_does_not_matter(tmp_path):
+    root = coco(tmp_path)
+    file = root / "annotations" / "instances_train2017.json"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    objects(root).check(["train"])
+
+
+@pytest.mark.parametrize("kind", ["coco", "voc"])
+def test_images_of_every_format_are_detected_in_upright(tmp_path, kind):
+    root = {"coco": coco, "voc": voc_boxes}[kind](tmp_path)
+    folder, stem = {"coco": (root / "train2017", "1"), "voc": (root / "JPEGImages", "trainval0")}[kind]
+    settings = dict(layout=kind, masks=False, hflip=0.0)
+    plain = objects(root, **settings).dataset("train")[0][0][0]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(folder / f"{stem}.jpg").rotate(90).save(folder / f"{stem}.webp", exif=exif, lossless=True)
+    (folder / f"{stem}.jpg").unlink()
+    if kind == "coco":
+        change(root, lambda content: content["images"][0].update(file_name="1.webp"))
+    assert torch.equal(objects(root, **settings).dataset("train")[0][0][0], plain)
+
+
+def test_annotations_of_a_picture_lying_down_are_refused_in_these_words(tmp_path):
+    root = coco(tmp_path)
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    Image.new("RGB", (64, 40)).save(root / "train2017" / "1.jpg", exif=exif)
+    change(root, lambda content: content["images"][0].update(width=64, height=40))
+    message = "1.jpg is 40 x 64 pixels, its annotations say 64 x 40.* stored as 64 x 40 and turned upright by its EXIF"
+    with pytest.raises(UserError, match=message):
+        objects(root, masks=False).check(["train"])
+
+
+def test_a_test_split_is_tested_on_and_named(tmp_path):
+    root = coco(tmp_path / "coco")
+    assert objects(root).origin("test") == objects(root).origin("val")  # where there is no other
+    shutil.copytree(root / "train2017", root / "test2017")
+    shutil.copy(root / "annotations" / "instances_train2017.json", root / "annotations" / "instances_test2017.json")
+    data = objects(root)
+    assert len(data.dataset("test")[0]) == 5 and len(data.dataset("val")[0]) == 3
+    assert "test2017, annotated in" in data.origin("test") and data.origin("test").endswith("instances_test2017.json")
+    given = dict(test_annotations="annotations/instances_val2017.json", test_images="val2017")
+    assert objects(root, **given).origin("test") == objects(root).origin("val")
+    with pytest.raises(UserError, match="give their file too, with --data.test_annotations"):
+        objects(root, test_images="test2017")
+    root = voc_boxes(tmp_path / "voc")
+    settings = dict(layout="voc", masks=False)
+    assert objects(root, val_split="trainval", **settings).origin("test").endswith("Main/test.txt")
+    assert objects(root, test_split="trainval", **settings).origin("test").endswith("Main/trainval.txt")
+
+
+def test_images_of_another_size_than_annotated_are_named(tmp_path):
+    root = coco(tmp_path)
+    change(root, lambda content: content["images"][0].update(height=50))
+    with pytest.raises(UserError, match="1.jpg is 64 x 64 pixels, its annotations say 64 x 50: they must be the same$"):
+        objects(root, masks=False).check(["train"])
 
 
 def test_missing_files_are_named(tmp_path):

@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader
 
-from visionattn.errors import UserError
+from visionattn.errors import UserError, some
 from visionattn.train.data.sampling import EpochSampler, Samples, Stream, global_seed
 
 
@@ -44,6 +44,10 @@ class Data(pl.LightningDataModule):
     def dataset(self, split: str) -> tuple[Any, Callable[[int], str]]:
         """The data set of ``split`` (``"train"``, ``"val"`` or ``"test"``), and what names its images."""
         raise NotImplementedError
+
+    def origin(self, split: str) -> str:
+        """Where the images of ``split`` come from, to be said with a score; generated data tests on validation's."""
+        return f"the {'training' if split == 'train' else 'validation'} images of {type(self).__name__}"
 
     def check(self, splits: list[str]) -> None:
         """Look for damaged data before any work starts; raises ``UserError``."""
@@ -101,3 +105,9 @@ class Data(pl.LightningDataModule):
         samples = self.samples(dataset, name, training)
         common["collate_fn"] = self.collate(training)
         return DataLoader(samples, sampler=sampler, drop_last=full_batches, **common)
+
+
+def require_distinct(names: list[str], where: object) -> None:
+    """Refuse classes of one name; ``where`` they are named is in the ``UserError``."""
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"{where} names classes twice: {some(twice)}. Give each class a name of its own")

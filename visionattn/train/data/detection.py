@@ -1,23 +1,24 @@
 """Images with boxes, and masks where there are any: COCO's and VOC's files, and generated scenes."""
 
-import concurrent.futures
 import os
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from visionattn.errors import UserError, some
+from visionattn.train.data.base import require_distinct
 from visionattn.train.data.dense import DenseBatch, DenseData, collate
 from visionattn.train.data.layouts import bright_palette
-from visionattn.train.data.objects import VOC_CLASSES, Annotated, Annotations, read_coco, read_voc
-from visionattn.train.data.sampling import UNREADABLE
+from visionattn.train.data.objects import VOC_CLASSES, Annotated, Annotations, read_coco, read_voc, voc_listing
+from visionattn.train.data.pictures import open_image, turned
+from visionattn.train.data.sampling import spread, unreadable
 from visionattn.train.data.scenes import DIGITS, Scenes
 
 
@@ -66,11 +67,12 @@ class AnnotatedImages:
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
         entry = self.images[index]
-        with Image.open(entry.file) as opened:
-            image = F.pil_to_tensor(opened.convert("RGB"))
+        image = F.pil_to_tensor(open_image(entry.file))
         if tuple(image.shape[-2:]) != entry.size:
             found, said = (f"{width} x {height}" for height, width in (image.shape[-2:], entry.size))
-            raise UserError(f"{entry.file} is {found} pixels, its annotations say {said}: they must be the same")
+            raise UserError(
+                f"{entry.file} is {found} pixels, its annotations say {said}: they must be the same{turned(entry.file)}"
+            )
         target = entry.target(self.training, self.masks)
         return (image, target) if self.transform is None else transformed(self.transform, image, target)
 
@@ -98,8 +100,12 @@ class Objects(DetectionData):
         val_annotations: COCO file of the validation split.
         train_images: Folder of the training images.
         val_images: Folder of the validation images.
+        test_annotations: COCO file of the test split; if not given the validation's with "test" for "val" in its name,
+            or the validation's itself where there is no such file.
+        test_images: Folder of the test images; from the validation's name in the same way.
         train_split: VOC's training list.
         val_split: VOC's validation list.
+        test_split: VOC's test list; if not given "test" where there is one, or the validation list.
         classes: Class names of "voc", if not its 20.
         masks: Whether to read masks too, for Mask R-CNN; COCO only.
         empty_images: Whether images without objects are trained on; they always count in evaluation.
@@ -120,8 +126,11 @@ class Objects(DetectionData):
         val_annotations: str = "annotations/instances_val2017.json",
         train_images: str = "train2017",
         val_images: str = "val2017",
+        test_annotations: str | None = None,
+        test_images: str | None = None,
         train_split: str = "trainval",
         val_split: str = "test",
+        test_split: str | None = None,
         classes: list[str] | None = None,
         masks: bool = False,
         empty_images: Literal["skip", "train"] = "skip",
@@ -144,10 +153,13 @@ class Objects(DetectionData):
                 "VOC's objects have no masks here: leave --data.masks out, or convert them to COCO's layout"
             )
         self.root, self.layout, self.has_masks = Path(root), layout, masks
-        self.files = {"train": (train_annotations, train_images)}
-        self.files["val"] = self.files["test"] = (val_annotations, val_images)
-        self.splits = {"train": train_split, "val": val_split, "test": val_split}
+        if layout == "voc" and not test_split:
+            test_split = "test" if voc_listing(self.root, "test").is_file() else val_split
+        self.splits = {"train": train_split, "val": val_split, "test": test_split}
+        self.files = {"train": (train_annotations, train_images), "val": (val_annotations, val_images)}
+        self.files["test"] = self._test_files(test_annotations, test_images)
         self.voc_classes = classes or VOC_CLASSES
+        require_distinct(self.voc_classes, "data.classes")
         self.keep_empty, self.check_images = empty_images == "train", check_images
         steps: list[v2.Transform] = [v2.RandomPhotometricDistort()] if photometric else []
         steps += [v2.RandomIoUCrop()] if crop else []
@@ -155,11 +167,27 @@ class Objects(DetectionData):
         self.transform = v2.Compose(steps) if steps else None
         # The classes are those of the training split, unless there is only one to validate on.
         source = "train" if layout == "voc" or (self.root / train_annotations).is_file() else "val"
-        self.known: list[int] | None = None
+        self.known: dict[int, str] | None = None
         first = self.annotations(source)
         self.class_names, self.category_ids = first.names, first.ids
-        self.num_classes, self.known = len(first.names), first.ids
+        self.num_classes, self.known = len(first.names), dict(zip(first.ids, first.names, strict=True))
         self.preprocess = dict(input_size=[3, 800, 800])
+
+    def _test_files(self, annotations: str | None, images: str | None) -> tuple[str, str]:
+        """COCO file and folder of the test split: what is given, what is named as validation's is, or validation's."""
+        validation = self.files["val"]
+        if not annotations and not images:
+            named = tuple(re.sub("valid(ation)?|val", "test", name) for name in validation)
+            return named if all((self.root / name).exists() for name in named) else validation
+        if not annotations:
+            raise UserError("data.test_images is given: give their file too, with --data.test_annotations")
+        return annotations, images or validation[1]
+
+    def origin(self, split: str) -> str:
+        if self.layout == "voc":
+            return str(voc_listing(self.root, self.splits[split]))
+        file, folder = self.files[split]
+        return f"{self.root / folder}, annotated in {self.root / file}"
 
     @lru_cache(3)  # noqa: B019  (one module lives as long as its run)
     def annotations(self, split: str) -> Annotations:
@@ -167,7 +195,7 @@ class Objects(DetectionData):
         if self.layout == "voc":
             return read_voc(self.root, self.splits[split], self.voc_classes)
         file, folder = self.files[split]
-        return read_coco(self.root / file, self.root / folder, self.known)
+        return read_coco(self.root / file, self.root / folder, self.has_masks, self.known)
 
     def dataset(self, split: str):
         training, images = split == "train", self.annotations(split).images
@@ -186,26 +214,13 @@ class Objects(DetectionData):
                     f"warning: {len(dropped)} objects have no box inside their image and are left out: {some(dropped)}"
                 )
             data, name = self.dataset(split)
-            if missing := [image.file for image in data.images if not image.file.is_file()]:
+            if missing := [image.file for image in data.images if not os.path.lexists(image.file)]:
                 raise UserError(f"{len(missing)} annotated images are not there: {some(missing)}")
-            if self.check_images:
-                step = 1 if self.check_images < 0 else max(1, len(data) // self.check_images)
-                if bad := unreadable(data, range(0, len(data), step)):
-                    print(f"warning: {len(bad)} unreadable images are skipped: {some(map(name, bad))}")
-
-
-def unreadable(data: Any, indices: range) -> list[int]:
-    """The indices of ``data`` that cannot be read."""
-
-    def bad(index: int) -> bool:
-        try:
-            data[index]
-            return False
-        except UNREADABLE:
-            return True
-
-    with concurrent.futures.ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
-        return [index for index, is_bad in zip(indices, pool.map(bad, indices), strict=True) if is_bad]
+            if bad := unreadable(data.__getitem__, spread(len(data), self.check_images)):
+                print(
+                    f"warning: {len(bad)} unreadable images are skipped: {some(map(name, bad))} "
+                    f"(the first: {next(iter(bad.values()))})"
+                )
 
 
 class SceneObjects(DetectionData):

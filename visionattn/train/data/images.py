@@ -1,19 +1,22 @@
 """Any classification data set that timm reads: image folders and tars, Hugging Face, WebDataset, TFDS, torchvision."""
 
-import concurrent.futures
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import timm
 from PIL import Image
-from timm.data import create_dataset, create_transform, resolve_data_config
-from timm.data.readers.img_extensions import get_img_extensions
-from timm.utils.misc import natural_key
+from timm.data import ImageDataset, create_dataset, create_transform, resolve_data_config
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+from torchvision.transforms import Compose
 
 from visionattn.errors import UserError, one_line, some
 from visionattn.train.data.base import Data
-from visionattn.train.data.sampling import UNREADABLE
+from visionattn.train.data.finder import endings
+from visionattn.train.data.folders import ClassFolders, all_images_in_tars, drop_hidden, is_image_below
+from visionattn.train.data.pictures import UnreadableImage, as_seen, open_image
+from visionattn.train.data.sampling import spread, unreadable
 from visionattn.train.data.transforms import train_transform
 from visionattn.weights.card import check_model_name
 
@@ -30,7 +33,7 @@ class Images(Data):
         dataset: Empty for an image folder, else a timm name: ``hfds/...``, ``wds/...``, ``tfds/...``, ``torch/...``.
         train_split: Name of the training split; folders also answer to "training".
         val_split: Name of the validation split; folders also answer to "validation", "valid" and "eval".
-        test_split: Name of the test split; the validation split if not given.
+        test_split: Name of the test split; if not given a folder's "test", or the validation split where there is none.
         num_classes: Number of classes, where the data set does not tell.
         dataset_args: Further arguments of ``create_dataset`` (``download``, ``input_key``, ``num_samples``, ...).
         model: Whose preprocessing to follow; taken from ``model.name``.
@@ -87,7 +90,7 @@ class Images(Data):
         if img_size is not None and img_size < 1:
             raise UserError(f"data.img_size is {img_size}: it must be at least 1")
         self.root, self.source, self.dataset_args = root, dataset, dataset_args or {}
-        self.splits = {"train": train_split, "val": val_split, "test": test_split or val_split}
+        self.splits = {"train": train_split, "val": val_split, "test": test_split or self._test_split(val_split)}
         self.check_images, self.bad_images = check_images, bad_images
         given = dict(img_size=img_size, mean=mean, std=std, interpolation=interpolation, crop_pct=crop_pct)
         config = resolve_data_config(given, pretrained_cfg=_published(model))
@@ -112,34 +115,55 @@ class Images(Data):
         names = sorted(self.class_to_idx, key=self.class_to_idx.get)
         self.class_names = names or [str(index) for index in range(num_classes)]
         self.num_classes = len(self.class_names)
+        if self.num_classes < 2:
+            raise UserError(
+                f"{root or dataset} has one class ({some(self.class_names)}): there is nothing to tell apart, and the "
+                "loss is 0 from the start. Add a class, such as one of everything else"
+            )
 
     def dataset(self, split: str):
-        if self._is_folder:
-            check_folder(self._folder(split), self.class_to_idx)
         training = split == "train"
-        data = self._create(split, class_map=self.class_to_idx if self._is_folder else None)
+        data = self._from_folder(split) if self._is_folder else self._create(split)
         augment = self.preprocess | self.augment
         data.transform = train_transform(**augment) if training else create_transform(**self.preprocess)
+        if self._streams_images and "input_img_mode" not in self.dataset_args:
+            data.transform = Compose([from_stream, data.transform])
         if hasattr(data, "reader") and not hasattr(data, "set_epoch"):
             return Decoded(data), lambda index: data.filename(index, absolute=True)
         return data, lambda index: f"{index} of {self.source} {self.splits[split]}"
 
+    def origin(self, split: str) -> str:
+        return str(self._folder(split)) if self._is_folder else f"{self.source or self.root}, {self.splits[split]}"
+
     def check(self, splits: list[str]) -> None:
         for split in splits:
             data, name = self.dataset(split)
-            if not hasattr(data, "__getitem__") or not self.check_images:
+            if self._is_folder:
+                data.dataset.reader.found.warn(self._folder(split))
+            if not hasattr(data, "__getitem__"):
                 continue
-            step = 1 if self.check_images < 0 else max(1, len(data) // self.check_images)
-            bad = unreadable(data.dataset if isinstance(data, Decoded) else data, range(0, len(data), step))
-            if bad:
+            read = data.read if isinstance(data, Decoded) else data.__getitem__
+            threads = 1 if Path(self.root).is_file() else 16  # which would move one another's place in a tar
+            if bad := unreadable(read, spread(len(data), self.check_images), threads):
                 found = f"{len(bad)} unreadable images in {self.splits[split]}: {some(name(index) for index in bad)}"
+                first = f"(the first: {next(iter(bad.values()))})"
                 if self.bad_images == "error":
-                    raise UserError(f"{found}. Remove them, or skip them with --data.bad_images skip")
-                print(f"warning: {found}; they are skipped")
+                    raise UserError(f"{found}. Remove them, or skip them with --data.bad_images skip {first}")
+                print(f"warning: {found}; they are skipped {first}")
 
     @property
     def _is_folder(self) -> bool:
         return not self.source and Path(self.root).is_dir()
+
+    @property
+    def _is_torch_folder(self) -> bool:
+        """Whether torchvision reads an image folder."""
+        return self.source.lower() in ("torch/folder", "torch/image_folder")
+
+    def _test_split(self, val_split: str) -> str:
+        """What is tested on if nobody says: the test folder if there is one."""
+        has_folders = self._is_folder or self._is_torch_folder
+        return next((name for name in FOLDERS["test"] if has_folders and Path(self.root, name).is_dir()), val_split)
 
     def _folder(self, split: str) -> Path:
         name = self.splits[split]
@@ -149,7 +173,7 @@ class Images(Data):
                 return folder
         raise UserError(
             f"no {name!r} folder in {self.root}: expected {Path(self.root, name, 'CLASS', 'IMAGE.jpg')}, "
-            "or name the split with --data.train_split and --data.val_split"
+            "or name the split with --data.train_split, --data.val_split and --data.test_split"
         )
 
     def _classes(self) -> dict[str, int]:
@@ -160,26 +184,58 @@ class Images(Data):
                 raise UserError(f"no such data folder: {self.root}. Give an existing one with --data.root")
         if self._is_folder:
             has_train = any(Path(self.root, name).is_dir() for name in (self.splits["train"], *FOLDERS["train"]))
-            return check_folder(self._folder("train" if has_train else "val"))
+            return ClassFolders(self._folder("train" if has_train else "val"), kinds=self._kinds).class_to_idx
         return class_index(self._create("train"))
 
-    def _create(self, split: str, class_map: dict[str, int] | None = None):
-        root = str(self._folder(split)) if self._is_folder else self.root or None
-        try:
-            return create_dataset(
-                self.source,
-                root=root,
-                split=self.splits[split],
-                search_split=not self._is_folder,
-                class_map=class_map,
-                is_training=split == "train",
-                batch_size=self.batch_size,
-                **self.dataset_args,
+    @property
+    def _kinds(self) -> list[str] | None:
+        """The endings that count, as timm takes them; all images if not given."""
+        return [kind for kind in self.dataset_args.get("input_key", "").split(";") if kind] or None
+
+    def _from_folder(self, split: str) -> ImageDataset:
+        """The data set of a folder: timm's, with a reader that knows more kinds of images."""
+        if unknown := self.dataset_args.keys() - {"input_key", "input_img_mode"}:
+            raise UserError(
+                f"data.dataset_args has {some(sorted(unknown))}: an image folder takes input_key and input_img_mode"
             )
+        folder = self._folder(split)
+        reader = ClassFolders(folder, self.class_to_idx, self._kinds)
+        return ImageDataset(str(folder), reader, input_img_mode=self.dataset_args.get("input_img_mode", "RGB"))
+
+    def _create(self, split: str) -> Any:
+        """The data set as timm makes it."""
+        try:
+            with all_images_in_tars():
+                data = create_dataset(
+                    self.source,
+                    root=self.root or None,
+                    split=self.splits[split],
+                    search_split=True,
+                    is_training=split == "train",
+                    batch_size=self.batch_size,
+                    **self._reading | self.dataset_args,
+                )
         except ImportError as error:
             raise UserError(f"{self.source} needs a package that is not installed: {one_line(error)}") from error
         except (AssertionError, RuntimeError, ValueError, OSError) as error:
             raise UserError(f"cannot open data set {self.source or self.root!r}: {one_line(error)}") from error
+        if isinstance(reader := getattr(data, "reader", None), ReaderImageInTar):
+            drop_hidden(reader)
+        if hasattr(data, "loader"):  # torchvision's
+            data.loader = open_image
+        return data
+
+    @property
+    def _reading(self) -> dict[str, Any]:
+        """Arguments of ``create_dataset`` that make its readers see the images that ours see."""
+        if self._is_torch_folder:
+            return dict(is_valid_file=partial(is_image_below, root=self.root, kinds=endings()))
+        return dict(input_img_mode="") if self._streams_images else {}
+
+    @property
+    def _streams_images(self) -> bool:
+        """Whether a reader of timm decodes the images, and leaves their orientation and depth to us."""
+        return self.source.partition("/")[0].lower() in ("wds", "hfids")
 
 
 class Decoded:
@@ -192,10 +248,21 @@ class Decoded:
         return len(self.dataset)
 
     def __getitem__(self, index: int):
-        file, target = self.dataset.reader[index]
-        with file:
-            image = Image.open(file).convert(self.dataset.input_img_mode)
+        image, target = self.read(index)
         return self.dataset.transform(image), target
+
+    def read(self, index: int) -> tuple[Image.Image, Any]:
+        """The image as it is in the file, and its class."""
+        source, target, *_ = self.dataset.reader[index]
+        return open_image(source, self.dataset.input_img_mode or "RGB"), target
+
+
+def from_stream(image: Image.Image) -> Image.Image:
+    """An image that a stream decoded, upright and in RGB; a stream cannot leave one out, so that stops the run."""
+    try:
+        return as_seen(image)
+    except UnreadableImage as error:
+        raise UserError(f"an image in the stream cannot be used: {error.why}") from error
 
 
 def _published(model: str | None) -> dict[str, Any]:
@@ -213,46 +280,3 @@ def class_index(dataset: Any) -> dict[str, int]:
             if index := getattr(owner, name, None):
                 return dict(index)
     return {}
-
-
-def check_folder(folder: Path, known: dict[str, int] | None = None) -> dict[str, int]:
-    """The classes of an image folder, in timm's order.
-
-    Args:
-        folder: Holds one folder per class.
-        known: The classes that the model learns, if they come from another split.
-
-    Raises:
-        UserError: If there is none, one is empty, or one is not known.
-    """
-    classes = sorted((entry for entry in os.scandir(folder) if entry.is_dir()), key=lambda e: natural_key(e.name))
-    if not classes:
-        raise UserError(f"no class folders in {folder}: expected {folder / 'CLASS' / 'IMAGE.jpg'}")
-    if nested := [e.path for e in classes if any(child.is_dir() for child in os.scandir(e.path))]:
-        raise UserError(f"class folder {some(nested, 1)} has folders inside: images must lie directly in it")
-    kinds = get_img_extensions(as_set=True)
-    empty = [e.path for e in classes if not any(Path(f.name).suffix.lower() in kinds for f in os.scandir(e.path))]
-    if empty:
-        raise UserError(f"no images in class folder {some(empty)}: fill or remove it")
-    names = [entry.name for entry in classes]
-    if known is not None and (extra := [name for name in names if name not in known]):
-        raise UserError(f"{folder} has classes that training does not know: {some(extra)}. Remove or rename them")
-    return {name: index for index, name in enumerate(names)}
-
-
-def unreadable(dataset: Any, indices: range) -> list[int]:
-    """The indices whose images cannot be decoded."""
-
-    def bad(index: int) -> bool:
-        try:
-            if not hasattr(dataset, "reader"):
-                dataset[index]
-                return False
-            with dataset.reader[index][0] as file:
-                Image.open(file).load()
-            return False
-        except UNREADABLE:
-            return True
-
-    with concurrent.futures.ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
-        return [index for index, is_bad in zip(indices, pool.map(bad, indices), strict=True) if is_bad]

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from timm.data.readers.img_extensions import get_img_extensions
 
 from visionattn.errors import UserError, some
+from visionattn.train.data.finder import ByStem, Found, find_images
 from visionattn.train.data.joint import IGNORE
 
 INVALID = 254
@@ -49,7 +49,7 @@ class Layout:
     Attributes:
         images: Folder of the images of a split, below the root.
         masks: Folder of its class maps.
-        splits: The split names of this set for train, val and test.
+        splits: The split names of this set for train and val, and for test if its class maps are public.
         rename: What in an image's stem becomes what in the class map's.
         listing: File with the stems of a split, one per line, if not the folder says what belongs to it.
         classes: Class names, if the layout says.
@@ -74,14 +74,14 @@ LAYOUTS = {
     "ade20k": Layout(
         "images/{split}",
         "annotations/{split}",
-        dict(train="training", val="validation", test="validation"),
+        dict(train="training", val="validation"),
         classes=[str(n) for n in range(1, 151)],
         values=list(range(1, 151)),  # 0 is what belongs to none of the 150 classes
     ),
     "cityscapes": Layout(
         "leftImg8bit/{split}",
         "gtFine/{split}",
-        dict(train="train", val="val", test="val"),
+        dict(train="train", val="val"),
         rename=("_leftImg8bit", "_gtFine_labelIds"),
         classes=[name for name, _ in CITYSCAPES.values()],
         palette=[color for _, color in CITYSCAPES.values()],
@@ -91,7 +91,7 @@ LAYOUTS = {
     "voc": Layout(
         "JPEGImages",
         "SegmentationClass",
-        dict(train="train", val="val", test="val"),
+        dict(train="train", val="val"),
         listing="ImageSets/Segmentation/{split}.txt",
         classes=VOC,
     ),
@@ -106,8 +106,8 @@ def lookup(values: Sequence[int], ignored: Sequence[int], others: bool) -> np.nd
     return table
 
 
-def find_pairs(root: Path, layout: Layout, split: str) -> list[tuple[Path, Path]]:
-    """Images of a split and their class maps.
+def find_pairs(root: Path, layout: Layout, split: str) -> tuple[list[tuple[Path, Path]], Found]:
+    """Images of a split and their class maps, and an account of what is left out.
 
     Raises:
         UserError: If there are none, or an image has no class map.
@@ -117,27 +117,51 @@ def find_pairs(root: Path, layout: Layout, split: str) -> list[tuple[Path, Path]
     for folder in (images, masks):
         if not folder.is_dir():
             raise UserError(f"no folder {folder}: expected images in {images} and class maps in {masks}")
-    kinds = get_img_extensions(as_set=True)
+    found = Found()
     if layout.listing:
-        listing = root / layout.listing.format(split=name)
-        if not listing.is_file():
-            raise UserError(f"no file {listing}, which says what belongs to {name}")
-        stems = listing.read_text(encoding="utf-8").split()
-        files = [images / f"{stem}.jpg" for stem in stems]
-        if missing := [file for file in files if not file.is_file()]:
-            raise UserError(f"{listing} names images that are not there: {some(missing)}")
+        files = listed(root / layout.listing.format(split=name), images, name)
     else:
-        files = sorted(file for file in images.rglob("*") if file.suffix.lower() in kinds)
+        found = find_images(images)
+        files = sorted(map(Path, found.images))
     if not files:
+        found.warn(images)
         raise UserError(f"no images in {images}")
     old, new = layout.rename
     pairs = []
+    maps: dict[Path, ByStem] = {}
     for file in files:
-        stem = file.stem.replace(old, new) if old else file.stem
-        pairs.append((file, masks / file.relative_to(images).parent / f"{stem}.png"))
-    if missing := [mask for _, mask in pairs if not mask.is_file()]:
+        folder = masks / file.relative_to(images).parent
+        find = maps.setdefault(folder, ByStem(folder, ".png"))
+        pairs.append((file, find(file.stem.replace(old, new) if old else file.stem)))
+    if missing := [mask for _, mask in pairs if not mask.exists()]:
         raise UserError(f"{len(missing)} of {len(pairs)} images have no class map: {some(missing)}")
-    return pairs
+    return pairs, found
+
+
+def listed(listing: Path, images: Path, split: str) -> list[Path]:
+    """The images in a folder that a file names, one per line and without ending.
+
+    Raises:
+        UserError: If there is no such file, or an image is missing.
+    """
+    if not listing.is_file():
+        raise UserError(f"no file {listing}, which says what belongs to {split}")
+    files = list(map(ByStem(images, ".jpg"), read_text(listing).split()))
+    if missing := [file for file in files if not file.exists()]:
+        raise UserError(f"{listing} names images that are not there: {some(missing)}")
+    return files
+
+
+def read_text(file: Path) -> str:
+    """The text of a file, without a byte-order mark.
+
+    Raises:
+        UserError: If it is not UTF-8.
+    """
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 text: save it as such") from error
 
 
 def bright_palette(count: int) -> list[tuple[int, int, int]]:

@@ -3,11 +3,12 @@
 Neither the number of processes, the number of workers nor a restart in between changes what an epoch shows.
 """
 
+import concurrent.futures
 import itertools
 import os
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,11 +17,39 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from PIL import Image
 from torch.utils.data import Dataset, DistributedSampler, IterableDataset
 
+from visionattn.errors import one_line
+
 IGNORED = -1
 """Target of an entry that must not count: padding of the last batch, or an image that cannot be read."""
 
 # What Pillow raises on damaged files; anything else is a bug and is not swallowed.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+
+
+def reason(error: Exception) -> str:
+    """What is wrong with an unreadable image, in one line and without its name."""
+    return getattr(error, "why", "") or one_line(error)
+
+
+def unreadable(read: Callable[[int], Any], indices: Sequence[int], threads: int = 16) -> dict[int, str]:
+    """Which of ``indices`` the function ``read`` cannot read, and why; it is called in up to ``threads`` threads."""
+
+    def attempt(index: int) -> str | None:
+        try:
+            read(index)
+            return None
+        except UNREADABLE as error:
+            return reason(error)
+
+    with concurrent.futures.ThreadPoolExecutor(min(threads, 2 * (os.cpu_count() or 1))) as pool:
+        reasons = zip(indices, pool.map(attempt, indices), strict=True)
+        return {index: why for index, why in reasons if why is not None}
+
+
+def spread(length: int, count: int) -> range:
+    """``count`` indices or more, evenly spread over ``length``; all of them for -1, none for 0."""
+    step = 1 if count < 0 else max(1, length // max(1, count))
+    return range(0, length if count else 0, step)
 
 
 def global_seed() -> int:
@@ -116,7 +145,8 @@ class Samples(Dataset):
     def _report(self, index: int, error: Exception) -> None:
         if index not in self.reported:
             self.reported.add(index)
-            print(f"warning: skipped unreadable image {self.name(index)} ({error})", file=sys.stderr, flush=True)
+            text = f"warning: skipped unreadable image {self.name(index)} ({reason(error)})"
+            print(text, file=sys.stderr, flush=True)
 
     def _readable(self) -> Iterator[torch.Tensor]:
         for index in range(len(self)):

@@ -1,22 +1,24 @@
 """Images with a class per pixel: the data set layouts that papers use, folders of your own, and generated scenes."""
 
-import concurrent.futures
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
 from visionattn.errors import UserError, some
+from visionattn.train.data.base import require_distinct
 from visionattn.train.data.dense import DenseBatch, DenseData, collate
+from visionattn.train.data.finder import Found
 from visionattn.train.data.joint import IGNORE, eval_image, train_segmentation
-from visionattn.train.data.layouts import INVALID, LAYOUTS, find_pairs, lookup, voc_palette
-from visionattn.train.data.sampling import UNREADABLE
+from visionattn.train.data.layouts import INVALID, LAYOUTS, find_pairs, lookup, read_text, voc_palette
+from visionattn.train.data.pictures import open_classes, open_image, turned
+from visionattn.train.data.sampling import UNREADABLE, spread, unreadable
 from visionattn.train.data.scenes import DIGITS, Scenes
 
 
@@ -48,30 +50,60 @@ class Pairs:
     def read(self, index: int) -> tuple[Tensor, Tensor]:
         """Image [3, H, W] and class map [H, W], both uint8."""
         file, mask_file = self.pairs[index]
-        with Image.open(file) as opened:
-            image = F.pil_to_tensor(opened.convert("RGB"))
-        with Image.open(mask_file) as opened:
-            if opened.mode not in ("L", "P", "1"):
-                raise UserError(f"{mask_file} is {opened.mode}, not a class map: it must have one byte per pixel")
-            values = np.array(opened, np.uint8)
-        if values.shape != image.shape[-2:]:
-            sizes = [" x ".join(map(str, reversed(shape))) for shape in (image.shape[-2:], values.shape)]
-            raise UserError(f"{file} is {sizes[0]}, its class map {mask_file} {sizes[1]} pixels: they must be the same")
+        image, classes = F.pil_to_tensor(open_image(file)), self.classes(index)
+        if classes.shape != image.shape[-2:]:
+            sizes = [" x ".join(map(str, reversed(shape))) for shape in (image.shape[-2:], classes.shape)]
+            differ = f"{file} is {sizes[0]}, its class map {mask_file} {sizes[1]} pixels"
+            raise UserError(f"{differ}: they must be the same{turned(file)}")
+        return image, classes
+
+    def classes(self, index: int) -> Tensor:
+        """Class map [H, W], uint8."""
+        file = self.pairs[index][1]
+        values = open_classes(file)
         classes = self.table[values]
         if (invalid := classes == INVALID).any():
             found = np.unique(values[invalid])
             known = np.flatnonzero(self.table != INVALID)
             raise UserError(
-                f"{mask_file} has values that are no class: {some(found)}. The classes are {ranges(known)}; "
+                f"{file} has values that are no class: {some(found)}. The classes are {ranges(known)}; "
                 "give all classes, or name further values to ignore with --data.ignored"
             )
-        return image, torch.from_numpy(classes)
+        return torch.from_numpy(classes)
 
 
 def ranges(values: np.ndarray) -> str:
     """Numbers in short, such as "0-20, 255"."""
     parts = np.split(values, np.flatnonzero(np.diff(values) > 1) + 1)
     return ", ".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)
+
+
+def one_class(data: Pairs, first: Sequence[int], names: list[str]) -> str:
+    """What is wrong if there are not two classes in all the class maps that can be read, and what may help.
+
+    Args:
+        data: Where they are.
+        first: Which of them to look at first: the rest is only read if these have one class.
+        names: Of the classes.
+    """
+    seen: set[int] = set()
+    for index in dict.fromkeys([*first, *range(len(data))]):
+        try:
+            seen.update(np.flatnonzero(np.bincount(data.classes(index).flatten(), minlength=256)).tolist())
+        except UNREADABLE:
+            continue
+        if len(seen - {IGNORE}) > 1:
+            return ""
+    if not seen:
+        return ""
+    only = f"only the class {names[min(seen)]!r}" if seen - {IGNORE} else "no class"
+    if IGNORE not in seen:
+        return f"the class maps have {only}: there is nothing to tell apart. Give maps that show the other classes"
+    ignored = ranges(np.flatnonzero(data.table == IGNORE))
+    return (
+        f"the class maps have {only} and what is ignored (the values {ignored}). If such a value is a class, say which "
+        "value each class has: --data.values [0,255], say"
+    )
 
 
 class SegmentationData(DenseData):
@@ -142,9 +174,12 @@ class Masks(SegmentationData):
         layout: "folders": images/SPLIT/NAME.jpg and masks/SPLIT/NAME.png, classes counted from 0; or the layout of
             "ade20k", "cityscapes" or "voc" as they are distributed.
         classes: Names of the classes of "folders"; its file classes.txt, one per line, if not given.
-        ignored: Values in the class maps that neither train nor count.
-        val_split: Name of the validation split, if not the layout's own.
+        values: Value in the class maps of each class, such as [0, 255]; the layout's own if not given.
+        ignored: Values in the class maps that neither train nor count, unless they are a class's.
         train_split: Name of the training split, if not the layout's own.
+        val_split: Name of the validation split, if not the layout's own.
+        test_split: Name of the test split; if not given "test" of "folders", or the validation split where there is
+            none and in the other layouts, whose test images have no public class maps.
         img_size: Side of the training crop.
         short_side: Short side of the images, at scale 1 in training; ``img_size`` if not given.
         long_side: Largest long side in evaluation.
@@ -163,9 +198,11 @@ class Masks(SegmentationData):
         root: str = "",
         layout: Literal["folders", "ade20k", "cityscapes", "voc"] = "folders",
         classes: list[str] | None = None,
+        values: list[int] | None = None,
         ignored: list[int] = [255],  # noqa: B006  (never changed; the parser wants a list)
         train_split: str | None = None,
         val_split: str | None = None,
+        test_split: str | None = None,
         img_size: int = 512,
         short_side: int | None = None,
         long_side: int = 2048,
@@ -186,44 +223,54 @@ class Masks(SegmentationData):
         if not Path(root).is_dir():
             raise UserError(f"no such data folder: {root}. Give an existing one with --data.root")
         self.root, self.layout, self.check_images = Path(root), LAYOUTS[layout], check_images
-        own = {k: v for k, v in (("train", train_split), ("val", val_split), ("test", val_split)) if v}
+        self.found: dict[str, Found] = {}
+        own = {k: v for k, v in (("train", train_split), ("val", val_split), ("test", test_split)) if v}
         self.splits = self.layout.splits | own
+        if not test_split and not ("test" in self.splits and self._images("test").is_dir()):
+            self.splits["test"] = self.splits["val"]
         self.class_names = classes or self._classes()
+        if classes or not self.layout.classes:  # a layout's own are not the user's to mend
+            require_distinct(self.class_names, "data.classes" if classes else self.root / "classes.txt")
         self.num_classes = len(self.class_names)
         if not 2 <= self.num_classes < INVALID:
             raise UserError(f"data.classes has {self.num_classes} classes: 2 to {INVALID - 1} are possible")
-        values = self.layout.values or range(self.num_classes)
+        values = values or self.layout.values or list(range(self.num_classes))
         if len(values) != self.num_classes:
-            raise UserError(f"data.classes has {self.num_classes} names; the layout {layout} has {len(values)} classes")
-        ignored = {0, *ignored} if self.layout.values and 0 not in self.layout.values else ignored
+            raise UserError(
+                f"data.classes has {self.num_classes} names, but values are given for {len(values)} classes"
+            )
+        if len(set(values)) < len(values) or not all(0 <= value <= 255 for value in (*values, *ignored)):
+            raise UserError(f"data.values is {values}, data.ignored {ignored}: from 0 to 255, no two classes the same")
+        ignored = {0, *ignored} if self.layout.values and 0 not in values else ignored
         self.table = lookup(values, ignored, self.layout.others)
         self.palette = self.layout.palette or voc_palette(self.num_classes)
 
+    def origin(self, split: str) -> str:
+        listing = self.layout.listing
+        return str(self.root / listing.format(split=self.splits[split]) if listing else self._images(split))
+
     def dataset(self, split: str):
-        pairs = find_pairs(self.root, self._layout(split), split)
+        pairs, self.found[split] = find_pairs(self.root, self._layout(split), split)
         transform = self.augment if split == "train" else None
         return Pairs(pairs, self.table, transform, self.sides), lambda index: str(pairs[index][0])
 
     def check(self, splits: list[str]) -> None:
         for split in splits:
             data, name = self.dataset(split)
-            if not self.check_images:
-                continue
-            step = 1 if self.check_images < 0 else max(1, len(data) // self.check_images)
-            bad = []
-
-            def read(index: int, data=data, bad=bad) -> None:
-                try:
-                    data.read(index)
-                except UNREADABLE:
-                    bad.append(index)
-
-            with concurrent.futures.ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
-                list(pool.map(read, range(0, len(data), step)))
-            if bad:
+            self.found[split].warn(self.root)
+            checked = spread(len(data), self.check_images)
+            if bad := unreadable(data.read, checked):
                 print(
-                    f"warning: {len(bad)} unreadable images or class maps are skipped: {some(map(name, sorted(bad)))}"
+                    f"warning: {len(bad)} unreadable images or class maps are skipped: {some(map(name, bad))} "
+                    f"(the first: {next(iter(bad.values()))})"
                 )
+            if checked and (fault := one_class(data, checked, self.class_names)):
+                if split == "train":
+                    raise UserError(f"{self.origin(split)}: {fault}")
+                print(f"warning: {self.origin(split)}: {fault}")
+
+    def _images(self, split: str) -> Path:
+        return self.root / self.layout.images.format(split=self.splits[split])
 
     def _layout(self, split: str):
         from dataclasses import replace
@@ -233,14 +280,14 @@ class Masks(SegmentationData):
     def _classes(self) -> list[str]:
         ade20k = self.root / "objectInfo150.txt"
         if self.layout is LAYOUTS["ade20k"] and ade20k.is_file():
-            rows = ade20k.read_text(encoding="utf-8").splitlines()[1:]
+            rows = read_text(ade20k).splitlines()[1:]
             return [row.split("\t")[-1].split(",")[0].strip() for row in rows]
         if self.layout.classes:
             return list(self.layout.classes)
         file = self.root / "classes.txt"
         if not file.is_file():
             raise UserError(f"the classes have no names: give --data.classes, or a file {file} with one per line")
-        return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [line.strip() for line in read_text(file).splitlines() if line.strip()]
 
 
 class SceneMasks(SegmentationData):

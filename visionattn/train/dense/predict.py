@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as F
 from visionattn.errors import UserError, some
 from visionattn.train.data.joint import eval_image
 from visionattn.train.data.objects import mask_tools
-from visionattn.train.data.sampling import UNREADABLE
+from visionattn.train.data.pictures import UnreadableImage, open_image
 from visionattn.train.dense.detector import Detector
 from visionattn.train.dense.segment import inference
 from visionattn.train.dense.segmenter import Segmenter
@@ -61,10 +61,9 @@ def predict_dense(
     with torch.inference_mode():
         for file, place in zip(files, places, strict=True):
             try:
-                with Image.open(file) as opened:
-                    image = F.pil_to_tensor(opened.convert("RGB"))
-            except UNREADABLE:
-                bad.append(file)
+                image = F.pil_to_tensor(open_image(file))
+            except UnreadableImage as error:
+                bad.append(error)
                 continue
             stem = folder / place
             stem.parent.mkdir(parents=True, exist_ok=True)
