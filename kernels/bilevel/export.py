@@ -36,10 +36,7 @@ def gathered_attention(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, weights:
         factor = weights.to(k.dtype).reshape(B * R, K, 1, 1, 1)
         k, v = k * factor, v * factor
     q, k, v = q.flatten(0, 1).transpose(1, 2), k.flatten(1, 2).transpose(1, 2), v.flatten(1, 2).transpose(1, 2)
-    if torch.jit.is_scripting():
-        out = F.scaled_dot_product_attention(q, k, v, scale=scale)
-    else:
-        out = attend(q, k, v, None, scale)
+    out = attend(q, k, v, None, scale)
     return out.transpose(1, 2).reshape(B, R, q.shape[2], h, E)
 
 

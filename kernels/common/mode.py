@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["autocast", "autocasting", "differentiated", "eager", "exporting", "forward_mode", "transformed"]
+__all__ = ["autocast", "autocasting", "eager", "exporting", "forward_mode", "transformed"]
 
 
 def exporting() -> bool:
@@ -31,17 +31,8 @@ def forward_mode() -> bool:
     return getattr(forward_ad, "_current_level", -1) >= 0
 
 
-def differentiated() -> bool:
-    """Whether torch.func differentiates or tangents are carried along, not only maps."""
-    if not transformed():
-        return False
-    kinds = torch._C._functorch.TransformType
-    levels = torch._C._functorch.get_interpreter_stack() or ()
-    return forward_mode() or any(level.key() in (kinds.Grad, kinds.Jvp) for level in levels)
-
-
 # A compiler asks once, while it traces, and cannot look inside.
-for _question in (transformed, forward_mode, differentiated):
+for _question in (transformed, forward_mode):
     _question._dynamo_marked_constant = True
 
 

@@ -88,7 +88,4 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, logits: Tensor | None, scale: float
     if logits is not None and logits.requires_grad:  # for which PyTorch's fused attention has no fast path
         return ((q * scale) @ k.transpose(-1, -2) + logits).softmax(-1).to(v.dtype) @ v
     mask = None if logits is None else logits.to(q.dtype)
-    if torch.jit.is_scripting():
-        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
-    else:
-        return attend(q, k, v, mask, scale)
+    return attend(q, k, v, mask, scale)

@@ -1,4 +1,4 @@
-"""Second derivatives of models: products with the Hessian against differences of gradients, in float64."""
+"""Second derivatives of models, and what torch.func makes of them."""
 
 import pytest
 import timm
@@ -12,7 +12,10 @@ REFUSED = {"litv2_small"}  # bilinear samples by torch's embedding_bag, which ha
 
 
 def check(model):
-    """With attention outside the operators by products: PyTorch's fused kernels refuse second derivatives."""
+    """Products with the Hessian against differences of gradients, in float64.
+
+    With attention outside the operators by products: PyTorch's fused kernels refuse second derivatives.
+    """
     model = model.double().eval()
     for p in model.parameters():  # of layer scales of 1e-6 and tables of zeros nothing would be seen
         if p.dim() <= 1 or not p.any():
@@ -48,15 +51,61 @@ def test_what_has_no_second_derivatives_refuses_them(name):
         check(small(name))
 
 
-def test_products_with_the_hessian_of_a_model_on_shifted_windows():
-    torch.manual_seed(0)
+def shifted():
     sizes = dict(img_size=64, embed_dim=8, depths=(1, 1, 1, 2), num_heads=(1, 2, 2, 2), mlp_ratio=2, window_size=2)
-    check(timm.create_model("agent_swin_t", num_classes=5, **sizes))
+    return timm.create_model("agent_swin_t", num_classes=5, **sizes)
 
 
-def test_products_with_the_hessian_of_a_swin_that_timm_made():
-    torch.manual_seed(0)
+def converted():
     sizes = dict(img_size=64, embed_dim=8, depths=(2, 2), num_heads=(1, 2), window_size=4)
     model = timm.create_model("swin_tiny_patch4_window7_224", num_classes=5, **sizes)
     replace_attention(model, "window")
-    check(model)
+    return model
+
+
+@pytest.mark.parametrize("make", [shifted, converted])
+def test_products_with_the_hessian_of_models_on_shifted_windows(make):
+    torch.manual_seed(0)
+    check(make())
+
+
+BIASED = {  # by tables that are trained
+    "nat": lambda: small("nat_small"),
+    "dinat": lambda: small("dinat_small"),
+    "agent": lambda: small("agent_deit_t"),
+    "flatten": lambda: small("flatten_swin_t"),
+    "shifted": shifted,
+    "converted": converted,
+}
+
+
+@pytest.mark.parametrize("make", BIASED.values(), ids=BIASED)
+@pytest.mark.parametrize("trained", [True, False])
+def test_an_ensemble_by_vmap_equals_a_loop(make, trained):
+    torch.manual_seed(0)
+    models = [make().eval() for _ in range(2)]
+    parameters, buffers = torch.func.stack_module_state(models)
+    x = torch.randn(2, 3, 64, 64)
+    run = lambda p, b: torch.func.functional_call(models[0], (p, b), (x,))  # noqa: E731
+    with torch.set_grad_enabled(trained):
+        found = torch.func.vmap(run)(parameters, buffers)
+        expected = [model(x) for model in models]
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-5)
+    if not trained:
+        return
+    found.square().sum().backward()
+    torch.stack(expected).square().sum().backward()
+    for name, parameter in models[1].named_parameters():
+        torch.testing.assert_close(parameters[name].grad[1], parameter.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("make", [BIASED[name] for name in ("nat", "flatten", "shifted", "converted")])
+def test_forward_mode_agrees_with_the_backward_pass(make):
+    torch.manual_seed(0)
+    model = make().double().eval()
+    x, tangent = torch.randn(2, 1, 3, 64, 64, dtype=torch.float64)
+    out, moved = torch.func.jvp(model, (x,), (tangent,))
+    x.requires_grad_()
+    weight = torch.randn_like(out)
+    (grad,) = torch.autograd.grad(model(x), x, weight)
+    torch.testing.assert_close((moved * weight).sum(), (grad * tangent).sum())

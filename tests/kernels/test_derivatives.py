@@ -1,10 +1,11 @@
-"""Derivatives of every operator, of first and higher order."""
+"""Derivatives of every operator: of second order, by transforms, in forward mode."""
 
 import pytest
 import torch
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 from visionattn.kernels import (
+    BackendError,
     agent_attention,
     bilevel_routing_attention,
     depthwise_conv2d,
@@ -146,3 +147,58 @@ def test_compiled_second_derivatives_are_right_or_refused(case):
         else:
             assert backend == "eager"
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@every_backend
+@every_case
+def test_forward_mode_agrees_with_the_backward_pass(case, backend):
+    tensors, function = make(case)
+    tangents = tuple(torch.randn_like(t) for t in tensors)
+    plain = tuple(t.detach() for t in tensors)
+    run = lambda *t: function(*t, backend=backend)  # noqa: E731
+    out, moved = torch.func.jvp(run, plain, tangents)
+    weight = torch.randn_like(out)
+    grads = torch.autograd.grad(run(*tensors), tensors, weight)
+    expected = sum((g * t).sum() for g, t in zip(grads, tangents, strict=True))
+    torch.testing.assert_close((moved * weight).sum(), expected)
+    torch.testing.assert_close(out, run(*plain))
+    for inputs in (plain, tensors):
+        with forward_ad.dual_level():
+            dual = run(*(forward_ad.make_dual(t, tangent) for t, tangent in zip(inputs, tangents, strict=True)))
+            torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, moved)
+
+
+@every_case
+def test_transforms_have_second_derivatives(case):
+    tensors, function = make(case)
+    plain = tuple(t.detach() for t in tensors)
+    numbers = tuple(range(len(plain)))
+
+    def gradient(*t):
+        return torch.func.grad(lambda *t: function(*t).sin().sum(), numbers)(*t)
+
+    tangents = tuple(torch.cos(g) for g in gradient(*plain))
+    _, forward = torch.func.jvp(gradient, plain, tangents)
+    _, pull = torch.func.vjp(gradient, *plain)
+    expected = hessian_product(function, tensors)
+    torch.testing.assert_close(forward, expected)
+    torch.testing.assert_close(pull(tangents), expected)
+
+
+@every_case
+def test_vmap_equals_a_loop(case):
+    tensors, function = make(case)
+    several = [torch.stack([t.detach(), t.detach().flip(0).sin()]) for t in tensors]
+    loop = torch.stack([function(*(t[i] for t in several)) for i in range(2)])
+    torch.testing.assert_close(torch.func.vmap(function)(*several), loop)
+
+
+def test_kernels_that_are_asked_for_refuse_transforms(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # as if they could run here
+    x = torch.randn(1, 16, 1, 4)
+    run = lambda x: linear_attention(x, x, x, backend="triton")  # noqa: E731
+    for transform in (lambda: torch.func.jvp(run, (x,), (x,)), lambda: torch.func.vmap(run)(x[None])):
+        with pytest.raises(BackendError, match="triton.*torch.func"):
+            transform()
+    with forward_ad.dual_level(), pytest.raises(BackendError, match="forward-mode"):
+        run(forward_ad.make_dual(x, x))
