@@ -6,9 +6,9 @@ Shapes: B batch, N tokens, M agents, h heads, D head dim.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from visionattn.kernels.common.attend import attend
 from visionattn.kernels.common.mode import autocasting, eager
 
 __all__ = ["agent_attention"]
@@ -50,7 +50,7 @@ def _softmax(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Ten
     # A trained bias would send PyTorch's fused attention to its slow path, which stores the logits, too.
     if bias.requires_grad:
         return ((q * scale) @ k.transpose(-1, -2) + bias).softmax(-1) @ v
-    return F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype), scale=scale)
+    return attend(q, k, v, bias.to(q.dtype), scale)
 
 
 def _few_agents(q: Tensor, k: Tensor, v: Tensor, agents: Tensor, to_agents: Tensor, to_tokens: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visionattn.kernels.common import twice
 from visionattn.kernels.common.flops import flop_formula
 from visionattn.kernels.common.mode import exporting, transformed
 
@@ -118,12 +119,14 @@ def _(grad, x, weight, needed):
 
 def _save(ctx, inputs, output):
     x, weight, bias = inputs
-    ctx.save_for_backward(x, weight)
+    ctx.save_for_backward(x, weight, bias)
 
 
 def _backward(ctx, grad):
+    if torch.is_grad_enabled():  # somebody wants to differentiate this, too
+        return twice.gradients(F.linear, grad, ctx.saved_tensors)
     needed = list(ctx.needs_input_grad)
-    found = _linear_backward(grad, *ctx.saved_tensors, needed)
+    found = _linear_backward(grad, *ctx.saved_tensors[:2], needed)
     return tuple(g if wanted else None for g, wanted in zip(found, needed, strict=True))
 
 

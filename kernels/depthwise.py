@@ -21,7 +21,7 @@ from visionattn.kernels.common.flops import flop_formula
 from visionattn.kernels.common.jit import jit, tl
 from visionattn.kernels.common.launch import Launch, pointer
 from visionattn.kernels.common.layout import channels_last, is_channels_last
-from visionattn.kernels.common.mode import autocast, exporting
+from visionattn.kernels.common.mode import autocast, exporting, forward_mode
 from visionattn.kernels.common.precision import accumulator, precise_dtype
 
 __all__ = ["depthwise_conv2d"]
@@ -42,14 +42,14 @@ def depthwise_conv2d_torch(x: Tensor, weight: Tensor, bias: Tensor | None = None
     """The fastest form known in operators of PyTorch. Arguments as in :func:`depthwise_conv2d`.
 
     It differs from the reference on the CPU only, where oneDNN has fast kernels for a few depthwise convolutions and
-    for fewer of their gradients; the others are put in terms of those. Forward-mode autograd needs the reference.
+    for fewer of their gradients; the others are put in terms of those.
     """
     if x.device.type != "cpu" or exporting():  # an exported graph holds one convolution node
         return depthwise_conv2d_reference(x, weight, bias, dilation)
     x, weight, bias = autocast(x, weight, bias)
     tensors = (x, weight) if bias is None else (x, weight, bias)
     slow_gradient = (weight.shape[-1] > 3 or dilation > 1) and x.numel() >= 2**14  # below, the calls cost more
-    if slow_gradient and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    if slow_gradient and torch.is_grad_enabled() and not forward_mode() and any(t.requires_grad for t in tensors):
         out = _DepthwiseCPU.apply(x, weight, bias, dilation)
     else:
         out = _convolve(x, weight, bias, dilation)

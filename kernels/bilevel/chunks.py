@@ -4,9 +4,13 @@ Shapes: N regions of all images, T tokens of one, M regions of keys with S token
 D head dim of queries and keys, E of values.
 """
 
+from functools import partial
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from visionattn.kernels.common import twice
+from visionattn.kernels.common.attend import attend
 
 # Of copied keys and values at a time. Measured on an AMD EPYC: larger copies leave the cache, smaller ones make more
 # calls than their work is worth.
@@ -69,7 +73,7 @@ def _forward(
             )
             sums.append(lse)
         else:
-            result = F.scaled_dot_product_attention(queries, keys, values, scale=scale)
+            result = attend(queries, keys, values, None, scale)
         out[part] = result.transpose(1, 2)
     return out, sums
 
@@ -83,9 +87,10 @@ class _Chunked(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         q, k, v, weights, index, out, *sums = ctx.saved_tensors
+        if torch.is_grad_enabled():  # somebody wants to differentiate this, too
+            return *twice.gradients(partial(_plain, index=index, scale=ctx.scale), grad, (q, k, v, weights)), None, None
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         dweights = None if weights is None else torch.empty_like(weights)
         for i, part in enumerate(_chunks(k, v, index)):
@@ -112,8 +117,14 @@ class _Chunked(torch.autograd.Function):
         return dq, dk, dv, dweights, None, None
 
 
+def _plain(q: Tensor, k: Tensor, v: Tensor, weights: Tensor | None, index: Tensor, scale: float) -> Tensor:
+    """All regions at once."""
+    out = attend(q.transpose(1, 2), _copies(k, index, weights), _copies(v, index, weights), None, scale)
+    return out.transpose(1, 2)
+
+
 def _recomputed(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, ...]:
     with torch.enable_grad():
         leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-        out = F.scaled_dot_product_attention(*leaves, scale=scale)
+        out = attend(*leaves, None, scale)
         return torch.autograd.grad(out, leaves, grad)

@@ -34,7 +34,8 @@ def bilevel_routing_attention_torch(
 ) -> Tensor:
     """The fastest form known in operators of PyTorch. Arguments as in :func:`bilevel_routing_attention`.
 
-    Copies of keys and values are made for a few regions at a time. Second derivatives need the reference.
+    Copies of keys and values are made for a few regions at a time. For second
+    derivatives they are made for all regions at once.
     """
     B, H, W, h, _ = q.shape
     E = v.shape[-1]

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visionattn.kernels.bilevel.regions import cut
+from visionattn.kernels.common.attend import attend
 
 __all__ = ["dense_attention", "gathered_attention"]
 
@@ -35,7 +36,7 @@ def gathered_attention(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, weights:
         factor = weights.to(k.dtype).reshape(B * R, K, 1, 1, 1)
         k, v = k * factor, v * factor
     q, k, v = q.flatten(0, 1).transpose(1, 2), k.flatten(1, 2).transpose(1, 2), v.flatten(1, 2).transpose(1, 2)
-    out = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    out = attend(q, k, v, None, scale)
     return out.transpose(1, 2).reshape(B, R, q.shape[2], h, E)
 
 
@@ -56,5 +57,5 @@ def dense_attention(
         of_token = of_row[:, None] + torch.arange(across * columns, device=q.device) // columns
         mask = chosen.index_select(1, of_token[:H, :W].flatten()).index_select(2, of_token.flatten())[:, None]
     q, k, v = (t.flatten(1, 2).transpose(1, 2) for t in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    out = attend(q, k, v, mask, scale)
     return out.transpose(1, 2).reshape(B, H, W, h, -1)

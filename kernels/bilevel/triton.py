@@ -12,20 +12,22 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from visionattn.kernels.bilevel.export import dense_attention
+from visionattn.kernels.bilevel.export import dense_attention, gathered_attention
 from visionattn.kernels.bilevel.launches import FORWARD, GRAD_KEY, GRAD_QUERY, MAX_HEAD_DIM, launch
-from visionattn.kernels.bilevel.regions import count_regions, find_routes
+from visionattn.kernels.bilevel.regions import count_regions, cut, find_routes, from_regions, split_map
 from visionattn.kernels.bilevel.triton_kernels import bilevel_bwd_dkv, bilevel_bwd_dq, bilevel_fwd
+from visionattn.kernels.common import twice
 from visionattn.kernels.common.checks import unsupported_count, unsupported_dtype
 from visionattn.kernels.common.flops import flop_formula
 from visionattn.kernels.common.launch import strides
 from visionattn.kernels.common.layout import last_contiguous
 from visionattn.kernels.common.mode import autocast
-from visionattn.kernels.common.precision import precise_dtype
+from visionattn.kernels.common.precision import precise, precise_dtype
 
 __all__ = ["bilevel_attention_triton", "bilevel_routing_attention_triton", "unsupported"]
 
@@ -112,7 +114,18 @@ def _save(ctx, inputs, output):
 def _backward(ctx, grad, grad_lse):
     if grad is None:
         return (None,) * 7
+    if torch.is_grad_enabled():  # somebody wants to differentiate this, too
+        q, k, v, routes = ctx.saved_tensors[:4]
+        return *twice.gradients(partial(_plain, routes, ctx.arguments), grad, (q, k, v)), *(None,) * 4
     return *_bilevel_backward(last_contiguous(grad), *ctx.saved_tensors, *ctx.arguments), *(None,) * 4
+
+
+def _plain(routes: Tensor, arguments, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    region, key_region, scale = arguments
+    (H, W), grid = q.shape[1:3], cut(*q.shape[1:3], *region)
+    q, k, v = split_map(precise(q), region), split_map(precise(k), key_region), split_map(precise(v), key_region)
+    out = gathered_attention(q, k, v, routes, None, scale)
+    return from_regions(out.flatten(3), grid, H, W).unflatten(-1, out.shape[3:])
 
 
 _bilevel.register_autograd(_backward, setup_context=_save)

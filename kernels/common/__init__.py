@@ -2,6 +2,8 @@
 
 backend     which implementation of an operator runs
 mode        what is done with the tensors of a call: traced, compiled, exported, transformed, autocast
+attend      softmax attention by PyTorch's fused kernels, to be differentiated in every way
+twice       gradients that can be differentiated again
 checks      checks of arguments, and what the Triton kernels refuse
 layout      strides, channels_last, padding and cropping of maps
 precision   the dtype in which sums are formed

@@ -14,10 +14,11 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from visionattn.kernels.common import jit
-from visionattn.kernels.common.mode import exporting
+from visionattn.kernels.common.mode import exporting, transformed
 
 BACKENDS = ("triton", "torch", "reference")
 ENVIRONMENT_VARIABLE = "VISIONATTN_BACKEND"
+TRANSFORMED = "torch.func and forward-mode differentiation see nothing of what is within a kernel"
 
 _setting: str | None = None
 
@@ -85,12 +86,12 @@ def choose(
     """
     name = _checked(backend, "backend") if backend is not None else get_backend()
     if name == "triton":
-        reason = unsupported() or jit.unavailable(x.device)
+        reason = unsupported() or jit.unavailable(x.device) or (TRANSFORMED if transformed() else None)
         if reason:
             raise BackendError(f"{op}: backend 'triton' cannot run this call: {reason}; use backend=None or 'torch'")
     if name is not None:
         return name
-    if not x.is_cuda or not prefer_triton or exporting():
+    if not x.is_cuda or not prefer_triton or exporting() or transformed():
         return "torch"
     return "torch" if unsupported() or jit.unavailable(x.device) else "triton"
 

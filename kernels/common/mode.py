@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-__all__ = ["autocast", "autocasting", "eager", "exporting", "transformed"]
+__all__ = ["autocast", "autocasting", "eager", "exporting", "forward_mode", "transformed"]
 
 
 def exporting() -> bool:
@@ -17,12 +18,22 @@ def exporting() -> bool:
 
 
 def transformed() -> bool:
-    """Whether torch.func maps or differentiates, which knows nothing of a custom operator's gradient."""
+    """Whether torch.func maps or differentiates, or tangents are carried along.
+
+    None of them knows anything of a custom operator's gradient; forward mode would drop the tangents.
+    """
     level = getattr(torch._C._functorch, "maybe_current_level", lambda: None)
-    return level() is not None
+    return level() is not None or forward_mode()
 
 
-transformed._dynamo_marked_constant = True  # a compiler asks once, while it traces, and cannot look inside
+def forward_mode() -> bool:
+    """Whether tangents are carried along with values: ``torch.func.jvp`` or dual numbers."""
+    return getattr(forward_ad, "_current_level", -1) >= 0
+
+
+# A compiler asks once, while it traces, and cannot look inside.
+for _question in (transformed, forward_mode):
+    _question._dynamo_marked_constant = True
 
 
 def eager(x: Tensor) -> bool:

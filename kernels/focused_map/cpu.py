@@ -6,6 +6,7 @@ Shapes: B batch, N tokens, h heads, D head dim. See ``op.py`` for what it is.
 import torch
 from torch import Tensor
 
+from visionattn.kernels.common import twice
 from visionattn.kernels.common.cache import samples_in_cache
 from visionattn.kernels.common.precision import precise_dtype
 from visionattn.kernels.focused_map.export import focused_export
@@ -33,9 +34,8 @@ class Focused(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
         x, divisor = ctx.saved_tensors
         if torch.is_grad_enabled():  # somebody wants to differentiate this, too
-            needed = [t for t in (x, divisor) if t.requires_grad]
-            grads = iter(torch.autograd.grad(focused_export(x, ctx.power, divisor), needed, grad, create_graph=True))
-            return next(grads) if x.requires_grad else None, None, next(grads) if divisor.requires_grad else None
+            dx, ddivisor = twice.gradients(lambda x, d: focused_export(x, ctx.power, d), grad, (x, divisor))
+            return dx, None, ddivisor
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         dfactor = torch.zeros(x.shape[2:], dtype=grad.dtype, device=x.device)
         unit = torch.empty_like(grad[: samples_in_cache(x)])

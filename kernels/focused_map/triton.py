@@ -7,12 +7,16 @@ Shapes: B batch, N tokens, h heads, D head dim, C = h * D channels. Strides are 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from visionattn.kernels.common import twice
 from visionattn.kernels.common.checks import unsupported_count, unsupported_dtype
 from visionattn.kernels.common.layout import last_contiguous
 from visionattn.kernels.common.precision import precise_dtype
+from visionattn.kernels.focused_map.export import focused_export
 from visionattn.kernels.focused_map.launches import MAX_CHANNELS, MAX_STEPS, PROGRAMS, constants
 from visionattn.kernels.focused_map.triton_kernels import focused_bwd, focused_fwd
 
@@ -72,7 +76,15 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
+    if torch.is_grad_enabled():  # somebody wants to differentiate this, too
+        dx, dfactor = twice.gradients(partial(_plain, ctx.power), grad, ctx.saved_tensors)
+        return dx, dfactor, None
     return *_focused_backward(last_contiguous(grad), *ctx.saved_tensors, ctx.power), None
+
+
+def _plain(power: float, x: Tensor, factor: Tensor) -> Tensor:
+    """As one head, of which the norms are those of whole tokens, too."""
+    return focused_export(x[:, :, None], power, factor.reciprocal()).squeeze(2)
 
 
 _focused.register_autograd(_backward, setup_context=_save)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from visionattn.kernels.common import twice
 from visionattn.kernels.common.checks import unsupported_dtype
 from visionattn.kernels.common.flops import flop_formula
 from visionattn.kernels.common.layout import last_contiguous
 from visionattn.kernels.common.precision import precise, precise_dtype
-from visionattn.kernels.linear_attn.forms import Form, features, global_weights
+from visionattn.kernels.linear_attn.forms import Form, epilogue, features, global_weights, mix
 from visionattn.kernels.linear_attn.launches import (
     KEYS,
     KEYS_BWD,
@@ -168,12 +171,22 @@ def _backward(ctx, grad, *_):
     if grad is None:
         return (None,) * 13
     tensors = ctx.saved_tensors
+    if torch.is_grad_enabled():  # somebody wants to differentiate this, too
+        return *twice.gradients(partial(_plain, ctx.arguments), grad, tensors[:8]), *(None,) * 5
     weights, residual, gate = tensors[3], tensors[6], tensors[7]
     grad = last_contiguous(grad)
     dq, dk, dv, dweights, dgate = _linear_backward(grad, *tensors, *ctx.arguments)
     dresidual = None if residual is None else grad if gate is None else grad * gate
     gradients = (dq, dk, dv, None if weights is None else dweights, None, None, dresidual)
     return *gradients, None if gate is None else dgate, *(None,) * 5
+
+
+def _plain(arguments, q, k, v, weights, cos, sin, residual, gate) -> Tensor:
+    query_map, key_map, normalizer, scale, eps = arguments
+    query, key = features(precise(q), query_map), features(precise(k), key_map)
+    rotary = None if cos is None else (cos.to(query.dtype), sin.to(query.dtype))
+    out = mix(query, key, precise(v), normalizer, scale, eps, rotary, weights, rank_augmented=False)
+    return epilogue(out, residual, gate)
 
 
 _linear.register_autograd(_backward, setup_context=_save)

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from visionattn.kernels.common import twice
 from visionattn.kernels.common.flops import flop_formula
 from visionattn.kernels.common.layout import last_contiguous
-from visionattn.kernels.common.precision import precise_dtype
+from visionattn.kernels.common.precision import precise, precise_dtype
+from visionattn.kernels.neighborhood.export import neighborhood_attention_export
 
 __all__ = ["empty_gradients", "empty_results", "register"]
 
@@ -58,6 +61,9 @@ def register(name: str, forward: Callable, backward: Callable) -> None:
     def differentiate(ctx, grad, grad_lse):
         if grad is None:
             return (None,) * 8
+        if torch.is_grad_enabled():  # somebody wants to differentiate this, too
+            tensors = ctx.saved_tensors[:4]
+            return *twice.gradients(partial(_plain, ctx.arguments), grad, tensors), *(None,) * 4
         bias_grad = ctx.needs_input_grad[3]
         *grads, dbias = backward(last_contiguous(grad), *ctx.saved_tensors, *ctx.arguments, bias_grad)
         return *grads, dbias if bias_grad else None, *(None,) * 4
@@ -68,6 +74,13 @@ def register(name: str, forward: Callable, backward: Callable) -> None:
     flop_formula(f"{name}_backward")(
         lambda grad, q, k, v, bias, out, lse, window, *args, **kw: _flops(q, window, products=5)
     )
+
+
+def _plain(arguments, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    kernel_size, dilation, is_causal, scale = arguments
+    tensors = (precise(t) for t in (q, k, v))
+    bias = None if bias is None else precise(bias)
+    return neighborhood_attention_export(*tensors, kernel_size, dilation, bias, is_causal, scale)
 
 
 def _flops(shape: Sequence[int], window: Sequence[int], products: int) -> int:

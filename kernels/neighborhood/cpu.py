@@ -32,8 +32,7 @@ def neighborhood_attention_torch(
 ) -> Tensor:
     """The fastest form known in operators of PyTorch. Arguments as in :func:`neighborhood_attention`, per axis.
 
-    Tiles of neighboring queries attend to all the keys that one of them sees, under a mask. See ``tiles.py``. Second
-    derivatives without a trained bias need the reference.
+    Tiles of neighboring queries attend to all the keys that one of them sees, under a mask. See ``tiles.py``.
     """
     arguments = (q, k, v, kernel_size, dilation, bias, is_causal, scale)
     eager = mode.eager(q)

@@ -8,9 +8,9 @@ import math
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from visionattn.kernels.common.attend import attend
 from visionattn.kernels.common.precision import precise_dtype
 from visionattn.kernels.neighborhood import tiles
 from visionattn.kernels.neighborhood.geometry import axis_windows
@@ -91,7 +91,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, 
     # SDPA is slow where the mask needs a gradient, and on a CPU cannot mask a logit that has overflowed.
     trained = mask is not None and mask.requires_grad
     if not trained and not (contain and q.device.type == "cpu"):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[None], scale=scale)
+        return attend(q, k, v, None if mask is None else mask[None], scale)
     logits = (q * scale) @ k.transpose(-1, -2) + mask
     if contain:
         logits = logits.masked_fill(mask == -torch.inf, -torch.inf)

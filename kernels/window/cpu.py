@@ -7,14 +7,15 @@ B batch, H rows, W columns, h heads, D head dim, S tokens of a window, n windows
 from __future__ import annotations
 
 import itertools
-from functools import lru_cache
+from collections.abc import Sequence
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from visionattn.kernels.common import twice
+from visionattn.kernels.common.attend import attend
 from visionattn.kernels.common.mode import eager, exporting
 from visionattn.kernels.window.export import window_attention_export
 from visionattn.kernels.window.geometry import dense_bias, shift_mask, table_gradient
@@ -115,22 +116,30 @@ class _WindowAttention(torch.autograd.Function):
             first += len(q) * S
             weights = _attend(q, k, v, _added(dense, kind.apart, masked, h, x.dtype), own, h, scale, wanted)
             kept += [q, k, v, weights]
-        ctx.shape, ctx.arguments = qkv.shape, (window, shift, scale)
-        ctx.save_for_backward(*(kept if wanted else ()))
-        return out.index_select(0, _places(tables, B).flatten()).view(B, H, W, h, D)
+        ctx.shape, ctx.arguments = qkv.shape, (window, shift, masked, scale)
+        ctx.set_materialize_grads(False)
+        way = twice.stand_in(qkv)
+        ctx.save_for_backward(way, bias, padding, *(kept if wanted else ()))
+        return out.index_select(0, _places(tables, B).flatten()).view(B, H, W, h, D), way
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx, grad, way_grad):
+        if grad is None:
+            return way_grad, *(None,) * 6
         B, H, W, _, h, D = ctx.shape
-        window, shift, scale = ctx.arguments
+        window, shift, masked, scale = ctx.arguments
         S = window[0] * window[1]
         tables = _tables(H, W, h, window, shift)
+        way, bias, padding, *kept = ctx.saved_tensors
+        if torch.is_grad_enabled():  # somebody wants to differentiate this, too
+            tensors = (_put_back(kept, tables, ctx.shape) + way, bias, padding)
+            dqkv, dbias, dpadding = twice.gradients(partial(_plain, ctx.arguments), grad, tensors)
+            return dqkv if way_grad is None else dqkv + way_grad, dbias, dpadding, *(None,) * 4
         grad = _rows(grad, None, tables.padded)
         total = grad.new_zeros(h, S, S) if ctx.needs_input_grad[1] else None
         padding = grad.new_zeros(3, h, D) if ctx.needs_input_grad[2] else None
         dqkv = grad.new_empty(B, 3 * H * W * h, D)
-        saved = [t.view(B, -1, *t.shape[1:]) for t in ctx.saved_tensors]
+        saved = [t.view(B, -1, *t.shape[1:]) for t in kept]
         images = max(
             1, LOGITS // (tables.total * S)
         )  # at a time: all at once need as much memory as the gradients again
@@ -143,8 +152,7 @@ class _WindowAttention(torch.autograd.Function):
                 grads = rows.index_select(1, kind.target).view(-1, S, D)
                 own = out[:, before : before + len(grads) * S].view(3, -1, S, D)
                 before += len(grads) * S
-                kept = (t[at].flatten(0, 1) for t in saved[4 * i : 4 * i + 4])
-                _attend_backward(*kept, grads, own, total, h, scale)
+                _attend_backward(*(t[at].flatten(0, 1) for t in saved[4 * i : 4 * i + 4]), grads, own, total, h, scale)
                 if padding is not None:
                     outside = (kind.target >= H * W * h).view(-1, h, S, 1)
                     padding += (own.view(3, len(rows), -1, h, S, D) * outside).sum((1, 2, 4))
@@ -152,7 +160,23 @@ class _WindowAttention(torch.autograd.Function):
             places = places + torch.arange(3)[:, None] * (len(rows) * tables.total)
             torch.index_select(out.view(-1, D), 0, places.flatten(), out=dqkv[at].view(-1, D))
         dqkv = dqkv.view(ctx.shape) if ctx.needs_input_grad[0] else None
+        dqkv = dqkv if way_grad is None or dqkv is None else dqkv + way_grad
         return dqkv, None if total is None else table_gradient(total, *window), padding, None, None, None, None
+
+
+def _plain(arguments, qkv: Tensor, bias: Tensor | None, padding: Tensor | None) -> Tensor:
+    window, shift, masked, scale = arguments
+    return window_attention_export(qkv, list(window), list(shift), bias, padding, masked, scale)
+
+
+def _put_back(kept: Sequence[Tensor], tables: _Tables, shape: torch.Size) -> Tensor:
+    """The map that the rows of all kinds, for each its queries, keys, values and weights, were picked from."""
+    B, H, W, _, h, D = shape
+    rows = kept[0].new_empty(B, (H * W + 1) * 3 * h, D)
+    for i, kind in enumerate(tables.kinds):
+        for part in range(3):
+            rows.index_copy_(1, kind.source + part * h, kept[4 * i + part].view(B, -1, D))
+    return rows[:, : H * W * 3 * h].reshape(shape)
 
 
 def _rows(x: Tensor, padding: Tensor | None, padded: bool) -> Tensor:
@@ -225,7 +249,7 @@ def _window_attention_eager(
     """Arguments as in :func:`window_attention`, one value per axis, for tensors that :func:`covers` lets pass."""
     window, steps = tuple(window_size), tuple(shift)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (qkv, bias, padding)):
-        return _WindowAttention.apply(qkv, bias, padding, window, steps, masked, scale)
+        return _WindowAttention.apply(qkv, bias, padding, window, steps, masked, scale)[0]
     return _infer(qkv, bias, padding, window, steps, masked, scale)
 
 
@@ -243,7 +267,7 @@ def _infer(qkv, bias, padding, window, shift, masked, scale) -> Tensor:
         own = tokens.view(grid).transpose(2, 3) if whole else tokens.index_select(1, kind.target)
         q, k, v = own.reshape(-1, S, 3, h, D).permute(2, 0, 3, 1, 4)
         added = _added(dense, kind.apart, masked, h, qkv.dtype)
-        out = F.scaled_dot_product_attention(q, k, v, None if added is None else added[None], scale=scale)
+        out = attend(q, k, v, None if added is None else added[None], scale)
         parts.append(out.transpose(1, 2).reshape(-1, h * D))
     if whole:
         B, rows, w0, columns, w1, _ = grid

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visionattn.kernels.common.attend import attend
 from visionattn.kernels.window.geometry import dense_bias, shift_mask
 
 __all__ = ["MASKED", "window_attention_export"]
@@ -86,4 +87,5 @@ def window_attention_export(
 def _attend(q: Tensor, k: Tensor, v: Tensor, logits: Tensor | None, scale: float) -> Tensor:
     if logits is not None and logits.requires_grad:  # for which PyTorch's fused attention has no fast path
         return ((q * scale) @ k.transpose(-1, -2) + logits).softmax(-1).to(v.dtype) @ v
-    return F.scaled_dot_product_attention(q, k, v, None if logits is None else logits.to(q.dtype), scale=scale)
+    mask = None if logits is None else logits.to(q.dtype)
+    return attend(q, k, v, mask, scale)

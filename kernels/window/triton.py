@@ -11,16 +11,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from visionattn.kernels.common import twice
 from visionattn.kernels.common.checks import unsupported_count, unsupported_dtype
 from visionattn.kernels.common.flops import flop_formula
 from visionattn.kernels.common.launch import in_base_2, strides
 from visionattn.kernels.common.layout import last_contiguous
 from visionattn.kernels.common.mode import autocast
-from visionattn.kernels.common.precision import precise_dtype
+from visionattn.kernels.common.precision import precise, precise_dtype
+from visionattn.kernels.window.export import window_attention_export
 from visionattn.kernels.window.geometry import table_gradient
 from visionattn.kernels.window.launches import (
     BACKWARD,
@@ -221,9 +224,17 @@ def _backward(ctx, grad, grad_lse):
     if grad is None:
         return (None,) * 7
     qkv, bias, padding, out, lse = ctx.saved_tensors
+    if torch.is_grad_enabled():  # somebody wants to differentiate this, too
+        return *twice.gradients(partial(_plain, ctx.arguments), grad, (qkv, bias, padding)), *(None,) * 4
     wanted = ctx.needs_input_grad
     grads = _window_backward(last_contiguous(grad), qkv, bias, padding, out, lse, *ctx.arguments, wanted[1])
     return grads[0], grads[1] if wanted[1] else None, None if padding is None else grads[2], *(None,) * 4
+
+
+def _plain(arguments, qkv: Tensor, bias: Tensor | None, padding: Tensor | None) -> Tensor:
+    window, shift, masked, scale = arguments
+    qkv, bias, padding = (None if t is None else precise(t) for t in (qkv, bias, padding))
+    return window_attention_export(qkv, window, shift, bias, padding, masked, scale)
 
 
 _window.register_autograd(_backward, setup_context=_save)

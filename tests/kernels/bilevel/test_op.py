@@ -126,7 +126,7 @@ def test_derivatives_in_float64(case):
     for backend in BACKENDS:
         run = lambda x, backend=backend: bilevel_routing_attention(*x.unbind(3), region, topk, backend=backend)  # noqa: E731
         assert gradcheck(run, qkv, fast_mode=True)
-    assert gradgradcheck(run, qkv, fast_mode=True)  # of the reference
+        assert gradgradcheck(run, qkv, fast_mode=True)
 
 
 def test_no_gradient_flows_through_the_choice_of_regions():

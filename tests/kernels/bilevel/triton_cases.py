@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import gradgradcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.kernels.cases import ATTENTION_TOLERANCE, DEVICE, DTYPES
@@ -174,6 +175,12 @@ def test_autocast():
         out = bilevel_attention_triton(*split([qkv]), *rest)
     assert out.dtype == torch.float16
     assert torch.autograd.grad(out.sum(), qkv)[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("key_region", [None, (1, 1)])
+def test_second_derivatives(key_region):
+    leaves, rest = make((3, 4), (2, 2), 2, 1, 1, 16, 16, key_region, dtype=torch.float64)
+    assert gradgradcheck(lambda *t: bilevel_attention_triton(*split(t), *rest), leaves, fast_mode=True)
 
 
 def test_flops_count_the_routed_keys():

@@ -42,3 +42,11 @@ def test_focused_features_split_their_sums_and_pass_opcheck(monkeypatch):
     torch.library.opcheck(torch.ops.visionattn.focused_backward.default, arguments)
     empty = torch.ops.visionattn.focused(x[:0], factor, 3.0)
     assert empty.shape == (0, 150, 64) and not torch.autograd.grad(empty.sum(), factor)[0].any()
+
+
+@pytest.mark.parametrize("power", [3.0, 2.5])
+def test_second_derivatives(power):
+    x = torch.randn(1, 4, 2, 3, device=DEVICE, dtype=torch.float64).requires_grad_()
+    scale = torch.randn(2, 3, device=DEVICE, dtype=torch.float64).requires_grad_()
+    run = lambda x, scale: focused(x, power, scale, backend="triton")  # noqa: E731
+    assert torch.autograd.gradgradcheck(run, (x, scale), fast_mode=True)

@@ -59,3 +59,13 @@ def test_compiled_per_sample_gradients():
     per_sample = torch.func.vmap(torch.func.grad(lambda x: rotate_pairs(x[None], *tables).sin().sum()))
     compiled = torch.compile(per_sample, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), per_sample(x))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_double_precision_is_not_rounded_to_the_tables(compiled):
+    """Differences of gradients showed the rounding as an error of second derivatives."""
+    torch.compiler.reset()
+    x, tables = torch.randn(2, 15, 3, 8, dtype=torch.float64), rotary_tables(3, 5, 8)
+    turn = torch.compile(rotate_pairs, fullgraph=True, backend="aot_eager") if compiled else rotate_pairs
+    found, exact = turn(x, *tables), rotate_pairs(x, *(t.double() for t in tables))
+    assert found.dtype == torch.float64 and torch.equal(found, exact)

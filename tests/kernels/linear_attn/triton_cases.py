@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import gradgradcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.kernels.cases import DEVICE
@@ -173,6 +174,21 @@ def test_autocast():
         out = linear_attention(*tensors, "elu+1", backend="triton")
     assert out.dtype == torch.float16
     assert [g.dtype for g in torch.autograd.grad(out.sum(), tensors)] == [torch.float32] * 3
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_second_derivatives(normalizer):
+    rotary = tuple(t.to(DEVICE) for t in rotary_tables(2, 3, 4))
+    tensors = [torch.randn(1, 6, 2, 4, device=DEVICE, dtype=torch.float64).requires_grad_() for _ in range(5)]
+    weights = torch.rand(1, 6, 2, device=DEVICE, dtype=torch.float64).requires_grad_()
+
+    def run(q, k, v, residual, gate, weights):
+        return linear_attention(
+            q, k, v, "elu+1", normalizer, rotary=rotary, key_weights=weights, residual=residual, gate=gate,
+            backend="triton",
+        )  # fmt: skip
+
+    assert gradgradcheck(run, (*tensors, weights), fast_mode=True)
 
 
 def test_flops_count_both_products():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import gradgradcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.kernels.cases import ATTENTION_TOLERANCE, DEVICE, DTYPES
@@ -205,12 +206,11 @@ def test_autocast():
     assert [g.dtype for g in torch.autograd.grad(out.sum(), (qkv, bias))] == [torch.float32] * 2
 
 
-def test_second_derivatives_are_refused():
-    qkv, bias, window, rest = make((3, 4), 3, 1, False, 1, 1, 16)
-    out = neighborhood_attention_triton(*qkv.unbind(-3), *window, bias, *rest)
-    grad = torch.autograd.grad(out.square().sum(), qkv, create_graph=True)[0]
-    with pytest.raises(RuntimeError):
-        grad.square().sum().backward()
+@pytest.mark.parametrize("spatial, causal", [((3, 4), False), ((5,), True)])
+def test_second_derivatives(spatial, causal):
+    qkv, bias, window, rest = make(spatial, 3, 1, causal, 1, 1, 16, dtype=torch.float64)
+    run = lambda x, b: neighborhood_attention_triton(*x.unbind(-3), *window, b, *rest)  # noqa: E731
+    assert gradgradcheck(run, (qkv, bias), fast_mode=True)
 
 
 def test_flops_count_the_keys_of_a_window():
