@@ -90,7 +90,7 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx, grad):
         q, k, v, weights, index, out, *sums = ctx.saved_tensors
         if torch.is_grad_enabled():  # somebody wants to differentiate this, too
-            return *twice.gradients(partial(_plain, index=index, scale=ctx.scale), grad, (q, k, v, weights)), None, None
+            return *twice.gradients(partial(_again, index=index, scale=ctx.scale), grad, (q, k, v, weights)), None, None
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         dweights = None if weights is None else torch.empty_like(weights)
         for i, part in enumerate(_chunks(k, v, index)):
@@ -117,7 +117,7 @@ class _Chunked(torch.autograd.Function):
         return dq, dk, dv, dweights, None, None
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor, weights: Tensor | None, index: Tensor, scale: float) -> Tensor:
+def _again(q: Tensor, k: Tensor, v: Tensor, weights: Tensor | None, index: Tensor, scale: float) -> Tensor:
     """All regions at once."""
     out = attend(q.transpose(1, 2), _copies(k, index, weights), _copies(v, index, weights), None, scale)
     return out.transpose(1, 2)

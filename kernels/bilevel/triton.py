@@ -116,11 +116,11 @@ def _backward(ctx, grad, grad_lse):
         return (None,) * 7
     if torch.is_grad_enabled():  # somebody wants to differentiate this, too
         q, k, v, routes = ctx.saved_tensors[:4]
-        return *twice.gradients(partial(_plain, routes, ctx.arguments), grad, (q, k, v)), *(None,) * 4
+        return *twice.gradients(partial(_again, routes, ctx.arguments), grad, (q, k, v)), *(None,) * 4
     return *_bilevel_backward(last_contiguous(grad), *ctx.saved_tensors, *ctx.arguments), *(None,) * 4
 
 
-def _plain(routes: Tensor, arguments, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _again(routes: Tensor, arguments, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     region, key_region, scale = arguments
     (H, W), grid = q.shape[1:3], cut(*q.shape[1:3], *region)
     q, k, v = split_map(precise(q), region), split_map(precise(k), key_region), split_map(precise(v), key_region)

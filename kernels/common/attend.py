@@ -15,7 +15,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | 
     """``softmax(scale * q k^T + mask) v``. L queries, S keys, D head dim, E width of a value; TorchScript compiles it.
 
     PyTorch's fused kernels have first derivatives only. These are made differentiable where somebody wants to
-    differentiate them; while torch.func maps or differentiates with gradients on, and in forward mode, plain products
+    differentiate them; while torch.func maps or differentiates with gradients on, and in forward mode, products
     take the kernels' place.
 
     Args:

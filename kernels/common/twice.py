@@ -1,7 +1,7 @@
 """Gradients that can be differentiated again.
 
 A fast backward pass is opaque to autograd. Whoever wants to differentiate it, too (``create_graph=True``), has the
-gradients computed through a plain form of the operator instead.
+gradients computed through a form of the operator that can be.
 
 A pass that nobody differentiates costs one look at ``torch.is_grad_enabled()``.
 """

@@ -77,12 +77,12 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, grad):
     if torch.is_grad_enabled():  # somebody wants to differentiate this, too
-        dx, dfactor = twice.gradients(partial(_plain, ctx.power), grad, ctx.saved_tensors)
+        dx, dfactor = twice.gradients(partial(_again, ctx.power), grad, ctx.saved_tensors)
         return dx, dfactor, None
     return *_focused_backward(last_contiguous(grad), *ctx.saved_tensors, ctx.power), None
 
 
-def _plain(power: float, x: Tensor, factor: Tensor) -> Tensor:
+def _again(power: float, x: Tensor, factor: Tensor) -> Tensor:
     """As one head, of which the norms are those of whole tokens, too."""
     return focused_export(x[:, :, None], power, factor.reciprocal()).squeeze(2)
 

@@ -172,7 +172,7 @@ def _backward(ctx, grad, *_):
         return (None,) * 13
     tensors = ctx.saved_tensors
     if torch.is_grad_enabled():  # somebody wants to differentiate this, too
-        return *twice.gradients(partial(_plain, ctx.arguments), grad, tensors[:8]), *(None,) * 5
+        return *twice.gradients(partial(_again, ctx.arguments), grad, tensors[:8]), *(None,) * 5
     weights, residual, gate = tensors[3], tensors[6], tensors[7]
     grad = last_contiguous(grad)
     dq, dk, dv, dweights, dgate = _linear_backward(grad, *tensors, *ctx.arguments)
@@ -181,7 +181,7 @@ def _backward(ctx, grad, *_):
     return *gradients, None if gate is None else dgate, *(None,) * 5
 
 
-def _plain(arguments, q, k, v, weights, cos, sin, residual, gate) -> Tensor:
+def _again(arguments, q, k, v, weights, cos, sin, residual, gate) -> Tensor:
     query_map, key_map, normalizer, scale, eps = arguments
     query, key = features(precise(q), query_map), features(precise(k), key_map)
     rotary = None if cos is None else (cos.to(query.dtype), sin.to(query.dtype))

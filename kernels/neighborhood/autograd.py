@@ -63,7 +63,7 @@ def register(name: str, forward: Callable, backward: Callable) -> None:
             return (None,) * 8
         if torch.is_grad_enabled():  # somebody wants to differentiate this, too
             tensors = ctx.saved_tensors[:4]
-            return *twice.gradients(partial(_plain, ctx.arguments), grad, tensors), *(None,) * 4
+            return *twice.gradients(partial(_again, ctx.arguments), grad, tensors), *(None,) * 4
         bias_grad = ctx.needs_input_grad[3]
         *grads, dbias = backward(last_contiguous(grad), *ctx.saved_tensors, *ctx.arguments, bias_grad)
         return *grads, dbias if bias_grad else None, *(None,) * 4
@@ -76,7 +76,7 @@ def register(name: str, forward: Callable, backward: Callable) -> None:
     )
 
 
-def _plain(arguments, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+def _again(arguments, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     kernel_size, dilation, is_causal, scale = arguments
     tensors = (precise(t) for t in (q, k, v))
     bias = None if bias is None else precise(bias)

@@ -225,13 +225,13 @@ def _backward(ctx, grad, grad_lse):
         return (None,) * 7
     qkv, bias, padding, out, lse = ctx.saved_tensors
     if torch.is_grad_enabled():  # somebody wants to differentiate this, too
-        return *twice.gradients(partial(_plain, ctx.arguments), grad, (qkv, bias, padding)), *(None,) * 4
+        return *twice.gradients(partial(_again, ctx.arguments), grad, (qkv, bias, padding)), *(None,) * 4
     wanted = ctx.needs_input_grad
     grads = _window_backward(last_contiguous(grad), qkv, bias, padding, out, lse, *ctx.arguments, wanted[1])
     return grads[0], grads[1] if wanted[1] else None, None if padding is None else grads[2], *(None,) * 4
 
 
-def _plain(arguments, qkv: Tensor, bias: Tensor | None, padding: Tensor | None) -> Tensor:
+def _again(arguments, qkv: Tensor, bias: Tensor | None, padding: Tensor | None) -> Tensor:
     window, shift, masked, scale = arguments
     qkv, bias, padding = (None if t is None else precise(t) for t in (qkv, bias, padding))
     return window_attention_export(qkv, window, shift, bias, padding, masked, scale)
