@@ -11,7 +11,7 @@ from timm.models import save_for_hf
 
 import visionattn
 from visionattn.errors import some
-from visionattn.weights.card import build, read_card
+from visionattn.weights.card import build, read_card, run_settings
 from visionattn.weights.errors import WeightsError
 from visionattn.weights.read import PREFIX, bare, read_checkpoint
 
@@ -94,7 +94,7 @@ def training_settings(content: dict[str, Any], checkpoint: Path) -> str:
     config = checkpoint.parent.parent / "config.yaml"
     if config.is_file():
         return config.read_text(encoding="utf-8").strip()
-    return json.dumps(content.get("hyper_parameters", {}), indent=2, default=str)
+    return json.dumps(run_settings(content, str(checkpoint)), indent=2)
 
 
 def readme(
