@@ -13,7 +13,6 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors
 import torch
 from safetensors.torch import load_file
@@ -22,6 +21,7 @@ from torch import Tensor
 from visionattn.errors import one_line, some
 from visionattn.weights.errors import WeightsError
 from visionattn.weights.files import kind_of
+from visionattn.weights.numbers import numpy_globals
 from visionattn.weights.rename import unwrap
 
 __all__ = ["PREFIX", "bare", "local_file", "read_bare_weights", "read_checkpoint", "read_weights"]
@@ -121,7 +121,7 @@ def _load_with_strangers(path: Path, kind: str, first: Exception) -> Any:
     harmful = [name for name in sorted(named) if _is_harmful(name)]
     if harmful:
         raise WeightsError(f"{refusal} (it would call {some(harmful)}): do not use it")
-    numbers = _numpy_globals()
+    numbers = numpy_globals()
     strangers = named - {name for _, name in numbers}  # those that the strict reader knows stay what they are
     for substitute in (Settings, Opaque):
         try:
@@ -149,28 +149,6 @@ class Opaque:
 
     def __setstate__(self, state: Any) -> None:
         pass
-
-
-def _numpy_globals() -> list[tuple[Any, str]]:
-    """What rebuilds numpy numbers and arrays of numbers, under the names of old and new numpy."""
-    multiarray = np._core.multiarray
-    rebuild = []
-    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-        rebuild += [(multiarray.scalar, f"{module}.scalar"), (multiarray._reconstruct, f"{module}._reconstruct")]
-    kinds = {type(np.dtype(code)) for code in "?bBhHiIlLqQefdgSU"}
-    return (
-        rebuild
-        + [(np.ndarray, "numpy.ndarray"), (_dtype, "numpy.dtype")]
-        + [(kind, f"{kind.__module__}.{kind.__qualname__}") for kind in kinds]
-    )
-
-
-def _dtype(code: str, *args: Any) -> np.dtype:
-    """A plain number or text type; never objects, which would be pickles again."""
-    dtype = np.dtype(code)
-    if dtype.kind not in "biufSU":
-        raise ValueError(f"numpy arrays of type {code!r} are not read")
-    return dtype
 
 
 def _named(path: Path, kind: str) -> set[str]:
