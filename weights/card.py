@@ -30,6 +30,7 @@ __all__ = [
     "build",
     "check_model_name",
     "checked",
+    "complete",
     "parameters",
     "read_card",
     "read_metadata",
@@ -45,6 +46,7 @@ PREPROCESS = {
     *("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode", "crop_border_pixels"),
     *("short_side", "long_side"),
 }
+KINDS = dict(name=str, model_args=dict, num_classes=int, class_names=list | tuple, preprocess=dict)
 SPARE = 1_000_000
 """Parameters and buffers that a model may have beyond the bytes of its file, such as masks made anew."""
 
@@ -117,13 +119,19 @@ def checked(card: Any, path: str) -> dict[str, Any]:
     card = plain(card, f"the description in {path}", most=300_000)  # ImageNet-22k has as many names
     if not isinstance(card, dict):
         raise WeightsError(f"{path} describes its model by a {type(card).__name__}: use a checkpoint of train.py")
+    if wrong := [key for key, kind in KINDS.items() if key in card and not isinstance(card[key], kind)]:
+        raise WeightsError(f"{path} describes {some(wrong)} by something else than it is: use a checkpoint of train.py")
+    if card.get("task") not in (None, "segment", "detect"):
+        raise WeightsError(
+            f"{path} is for the task {card['task']!r}: only segment, detect and classification are known"
+        )
     if unknown := card.get("preprocess", {}).keys() - PREPROCESS:
         raise WeightsError(f"{path} says {some(sorted(unknown))} about images, which no file may: do not use it")
     check_sizes({key: value for key, value in card.items() if key not in ("category_ids", "palette")}, path)
     if "name" not in card:
         return card
     name = card["name"]
-    if not isinstance(name, str) or name.startswith(ELSEWHERE) or "/" in name:
+    if name.startswith(ELSEWHERE) or "/" in name:
         raise WeightsError(f"{path} looks for its model at {name!r}, which only you may: give --model {name} yourself")
     check_model_name(name)
     wanted = parameters(name, card.get("model_args", {}), card.get("num_classes"))
@@ -165,6 +173,7 @@ def build(card: dict[str, Any], pretrained: bool = False) -> nn.Module:
     Raises:
         WeightsError: If there is no such model, it does not take these arguments, or its weights cannot be had.
     """
+    complete(card, "name", "num_classes", "model_args")
     check_model_name(card["name"])
     try:
         return timm.create_model(
@@ -174,6 +183,12 @@ def build(card: dict[str, Any], pretrained: bool = False) -> nn.Module:
         raise WeightsError(
             f"{card['name']} does not take model.model_args {card['model_args']}: {one_line(error)}"
         ) from error
+
+
+def complete(card: dict[str, Any], *keys: str) -> None:
+    """Raise ``WeightsError`` if ``card`` lacks one of ``keys``."""
+    if missing := [key for key in keys if key not in card]:
+        raise WeightsError(f"the description of the model lacks {some(missing)}: use a checkpoint written by train.py")
 
 
 def check_model_name(name: str) -> None:

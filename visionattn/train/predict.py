@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import visionattn
 from visionattn.errors import UserError, some
 from visionattn.train.data.sampling import UNREADABLE
-from visionattn.weights.card import build, check_model_name, read_card
+from visionattn.weights.card import build, check_model_name, complete, read_card
 from visionattn.weights.errors import WeightsError
 from visionattn.weights.load import load_weights
 
@@ -109,10 +109,12 @@ def find_images(paths: list[str]) -> list[str]:
     kinds = get_img_extensions(as_set=True)
     for path in paths:
         if Path(path).is_dir():
-            found = sorted(str(file) for file in Path(path).rglob("*") if file.suffix.lower() in kinds)
+            found = sorted(file for file in Path(path).rglob("*") if file.suffix.lower() in kinds)
+            if odd := [file for file in found if not file.is_file()]:  # opening a pipe would wait for ever
+                raise UserError(f"{some(odd)} in {path} are no regular files: move them elsewhere")
             if not found:
                 raise UserError(f"no images in folder {path}: expected files such as IMAGE.jpg or IMAGE.png")
-            files += found
+            files += map(str, found)
         elif Path(path).is_file():
             files.append(path)
         else:
@@ -124,6 +126,7 @@ def load(ckpt: str | None, model: str | None) -> tuple[nn.Module, Any, list[str]
     """A network with its weights, the transform that its images need, and the names of its classes."""
     if ckpt:
         card = read_card(ckpt)
+        complete(card, "class_names", "preprocess")
         net = build(card)
         load_weights(net, ckpt)
         return net, create_transform(**card["preprocess"]), card["class_names"]
