@@ -36,8 +36,9 @@ class AnyViT(Isotropic):
         embed_dim: Channels.
         depth: Blocks.
         num_heads: Heads of the mixer.
-        mixer: Class, function or class path, called ``mixer(embed_dim, num_heads, **mixer_args, device=, dtype=)`` for
-            each block. The module it gives maps a grid [B, H, W, C] to another.
+        mixer: Class, function or name (see ``visionattn.attention.mixer.find_mixer``), called ``mixer(embed_dim,
+            num_heads, **mixer_args, device=, dtype=)`` for each block. What it gives maps a grid [B, H, W, C] to
+            another.
         mixer_args: Further arguments of the mixer.
         mlp_ratio: Hidden over outer width of the MLPs.
         layer_scale: Initial scale of the residual branches; None for unscaled branches.
@@ -46,7 +47,7 @@ class AnyViT(Isotropic):
         drop_path_rate: Stochastic depth of the last block, rising linearly from 0 at the first.
 
     Raises:
-        ValueError: If ``mixer`` cannot be imported or called.
+        ValueError: If ``mixer`` is no name of ours, or cannot be called.
     """
 
     def __init__(

@@ -5,6 +5,8 @@ locate      from a model's name to a file on this machine
 download    fetching it so that a half, wrong or foreign file never gets its name
 files       what a file is by its first bytes, before any reader is let near it
 read        tensors out of a stranger's file, of which nothing runs
+numbers     NumPy's numbers in them, which NumPy itself must not read
+plain       what they may say beside their tensors
 rename      from the parameter names of a release to ours
 families    which function renames a model's releases
 load        into a network that is there, completely or not at all

@@ -1,16 +1,20 @@
 """Writing weights as a safetensors file that carries its card: one file is enough to build and load the model."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from visionattn.errors import one_line
 from visionattn.weights.card import CARD, read_card
+from visionattn.weights.errors import WeightsError
 from visionattn.weights.read import read_bare_weights
 
-__all__ = ["export_weights", "write_weights"]
+__all__ = ["export_weights", "share", "write_weights"]
 
 
 def export_weights(checkpoint: str, path: str | Path) -> None:
@@ -28,7 +32,19 @@ def write_weights(state: dict[str, Tensor], target: str | Path, card: dict[str, 
     """Write a safetensors file with its card; it appears under its name when it is complete."""
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{target.name}.part")
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
     tensors = {key: value.detach().contiguous().clone() for key, value in state.items()}
-    save_file(tensors, part, metadata={"format": "pt", CARD: json.dumps(card)})
-    part.replace(target)
+    try:
+        save_file(tensors, part, metadata={"format": "pt", CARD: json.dumps(card)})
+        share(part)
+        part.replace(target)
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"cannot write {target} ({one_line(error)}): free some space, or choose another") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def share(path: Path) -> None:
+    """Give a file the rights that the user's umask leaves to new files; safetensors makes its own private."""
+    os.umask(umask := os.umask(0o077))
+    path.chmod(0o666 & ~umask)

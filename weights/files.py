@@ -11,7 +11,9 @@ from visionattn.weights.errors import WeightsError
 __all__ = ["kind_of", "refuse_page"]
 
 LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # what torch.save wrote before 1.6 begins with
-LARGEST_HEADER = 100_000_000  # of a safetensors file, as its own reader has it
+LARGEST_HEADER = 16_000_000  # of a safetensors file; 100,000 tensors need as much
+LARGEST_LISTING = 16_000_000  # of an archive
+LARGEST_PICKLE = 8_000_000  # which names the tensors and holds settings
 OTHERS = (
     (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
     (b"\x1f\x8b", "a gzip archive: unpack it first"),
@@ -85,16 +87,22 @@ def kind_of(path: str | Path) -> str:
 
 
 def _check_zip(path: Path, size: int, refused) -> None:
-    """Refuse an archive that is cut off, compressed, or larger inside than outside; torch.save writes none of them."""
+    """Refuse an archive that is cut off, damaged, compressed, or larger inside than outside, and one of too many parts.
+
+    torch.save writes none of them. PyTorch does not look at the checksums, so flipped bits would become weights.
+    """
+    if (listing := _listing(path, size)) > LARGEST_LISTING:
+        raise refused(f"an archive whose list of contents alone claims {amount(listing)}")
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
+    except Exception as error:  # what a damaged list raises depends on its bytes
         raise refused(f"a truncated or damaged archive of {amount(size)}: fetch it again") from error
     names = [entry.filename for entry in entries]
     if any(name.endswith(".npy") for name in names):
         raise refused("a NumPy archive (.npz)")
-    if not any(name.rpartition("/")[2] == "data.pkl" for name in names):
+    pickles = [entry for entry in entries if entry.filename.rpartition("/")[2] == "data.pkl"]
+    if not pickles:
         raise refused(
             f"an archive, not what torch.save writes (it holds {', '.join(names[:3]) or 'nothing'}): unpack it"
         )
@@ -103,3 +111,33 @@ def _check_zip(path: Path, size: int, refused) -> None:
     inside = sum(entry.file_size for entry in entries)
     if inside > size or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise refused(f"an archive of {amount(size)} that claims {amount(inside)} inside")
+    if len(pickles) > 1 or len(set(names)) < len(names):
+        raise refused("an archive that holds files of the same name")
+    if pickles[0].file_size > LARGEST_PICKLE:
+        raise refused(f"an archive whose index of tensors claims {amount(pickles[0].file_size)}")
+    if any(entry.CRC for entry in entries if not entry.filename.endswith(".pkl")):  # torch may be told to write none
+        try:
+            with zipfile.ZipFile(path) as archive:
+                bad = archive.testzip()
+        except Exception as error:
+            raise refused("a damaged archive: fetch it again, or take an earlier checkpoint") from error
+        if bad is not None:
+            raise refused(
+                f"damaged, {bad} has not the checksum that it was written with: fetch it again, or take an "
+                "earlier checkpoint"
+            )
+
+
+def _listing(path: Path, size: int) -> int:
+    """Bytes that the archive's own list of contents claims, before anything reads that."""
+    with open(path, "rb") as file:
+        file.seek(max(0, size - 65_600))
+        tail = file.read()
+    end = tail.rfind(b"PK\x05\x06")
+    if end < 0 or len(tail) < end + 22:
+        return 0
+    (listing,) = struct.unpack("<L", tail[end + 12 : end + 16])
+    wide = tail.rfind(b"PK\x06\x06", 0, end)  # as torch.save writes it, of the 64-bit form
+    if wide >= 0 and len(tail) >= wide + 56:
+        listing = max(listing if listing != 0xFFFFFFFF else 0, struct.unpack("<Q", tail[wide + 40 : wide + 48])[0])
+    return listing

@@ -9,17 +9,20 @@ from timm.models import get_pretrained_cfg, resolve_pretrained_cfg
 from torch import Tensor, nn
 
 from visionattn.errors import some
-from visionattn.weights.card import read_metadata
+from visionattn.weights.card import parameters, read_metadata
 from visionattn.weights.errors import WeightsError
 from visionattn.weights.families import Filter, release_filter
 from visionattn.weights.load import classifiers
 from visionattn.weights.locate import added_file, locate
 from visionattn.weights.manifest import checkpoints
+from visionattn.weights.plain import check_sizes, plain
 from visionattn.weights.read import read_weights
 
 __all__ = ["with_weights"]
 
 SOURCES = ("url", "file", "state_dict", "hf_hub_id")
+
+MOST_PARAMETERS = 4 * 10**9  # that a hub's configuration may ask for; the largest models of timm have 2 * 10^9
 
 _logger = logging.getLogger(__name__)
 
@@ -41,6 +44,7 @@ def with_weights(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> tupl
     Raises:
         WeightsError: If the weights cannot be had.
     """
+    refuse_greed(variant, kwargs)
     rename = release_filter(variant)
     cfg, overlay = kwargs.get("pretrained_cfg"), dict(kwargs.get("pretrained_cfg_overlay") or {})
     chosen = cfg if isinstance(cfg, dict) else {}
@@ -65,6 +69,17 @@ def with_weights(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> tupl
         return state
 
     return read_and_rename, kwargs | {"pretrained_cfg_overlay": overlay | {"state_dict": {"file": str(path)}}}
+
+
+def refuse_greed(variant: str, kwargs: dict[str, Any]) -> None:
+    """Raise if the configuration in a hub or folder asks for what no file may; arguments of the user are free."""
+    cfg, what = kwargs.get("pretrained_cfg"), f"the configuration of {variant}"
+    if not isinstance(cfg, dict) or cfg.get("source") not in ("hf-hub", "local-dir"):
+        return
+    saved = plain(kwargs.get("pretrained_model_args") or {}, what)  # timm's name for what the file says
+    check_sizes(saved | {key: cfg[key] for key in ("num_classes", "input_size") if cfg.get(key)}, what)
+    if saved and (wanted := parameters(variant, saved)) > MOST_PARAMETERS:
+        raise WeightsError(f"{what} asks for {wanted} parameters: files may ask for {MOST_PARAMETERS} at most")
 
 
 def added_cfg(variant: str, tag: str, file: Path) -> dict[str, Any]:

@@ -13,15 +13,16 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn import Parameter
 
 from visionattn.errors import one_line, some
 from visionattn.weights.errors import WeightsError
 from visionattn.weights.files import kind_of
+from visionattn.weights.numbers import numpy_globals
 from visionattn.weights.rename import unwrap
 
 __all__ = ["PREFIX", "bare", "local_file", "read_bare_weights", "read_checkpoint", "read_weights"]
@@ -33,6 +34,10 @@ HARMFUL_MODULES = {
     *("os", "posix", "nt", "sys", "subprocess", "shutil", "socket", "pty", "ctypes", "runpy", "importlib", "pickle"),
     *("webbrowser", "code", "pip", "urllib", "requests"),
 }
+PLAIN = {f"torch._utils._rebuild_{kind}" for kind in ("tensor", "tensor_v2", "parameter", "parameter_with_state")}
+"""What rebuilds tensors of bytes that are in the file; sparse, nested and other ones can claim what is not there."""
+SMALL = 1 << 24  # bytes up to which a tensor may repeat what is in the file
+MOST_OPERATIONS = 4_000_000  # of a pickle
 HARMFUL_BUILTINS = {"eval", "exec", "compile", "open", "__import__", "input", "breakpoint", "exit", "quit"}
 
 
@@ -53,14 +58,16 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if kind == "safetensors":
         try:
             return load_file(path)
-        except safetensors.SafetensorError as error:
+        except (safetensors.SafetensorError, OSError, ValueError) as error:
             raise WeightsError(f"{path} is not a safetensors file, or a truncated one: {one_line(error)}") from error
+    named = _named_or_refused(path, kind)
     try:
         content = _load(path, kind, [])
     except Exception as first:  # what a file that is no checkpoint raises depends on its bytes
-        content = _load_with_strangers(path, kind, first)
+        content = _load_with_strangers(path, kind, named, first)
     if not isinstance(content, dict):
         raise WeightsError(f"{path} holds a {type(content).__name__}, not a checkpoint: save its state_dict()")
+    _check_tensors(path, content)
     return content
 
 
@@ -111,24 +118,54 @@ def _load(path: Path, kind: str, allowed: list) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "zip")
 
 
-def _load_with_strangers(path: Path, kind: str, first: Exception) -> Any:
-    """Read ``path`` with a substitute for every class that the strict reader does not know."""
+def _named_or_refused(path: Path, kind: str) -> set[str]:
+    """What the pickles of ``path`` name; raises for a file that cannot be looked through or was made to do harm."""
     refusal = f"{path} is not a checkpoint that loads safely"
     try:
         named = _named(path, kind)
     except Exception as error:
-        raise WeightsError(f"{refusal} ({_reason(first)}): it is damaged, or save plain tensors") from error
-    harmful = [name for name in sorted(named) if _is_harmful(name)]
-    if harmful:
+        raise WeightsError(f"{refusal} ({_reason(error)}): it is damaged, or save plain tensors") from error
+    if harmful := [name for name in sorted(named) if _is_harmful(name)]:
         raise WeightsError(f"{refusal} (it would call {some(harmful)}): do not use it")
-    numbers = _numpy_globals()
+    if special := [name for name in sorted(named) if name.startswith("torch._utils._rebuild_") and name not in PLAIN]:
+        raise WeightsError(f"{refusal} (it holds tensors of a special kind, {some(special)}): save plain tensors")
+    return named
+
+
+def _load_with_strangers(path: Path, kind: str, named: set[str], first: Exception) -> Any:
+    """Read ``path`` with a substitute for every class that the strict reader does not know."""
+    numbers = numpy_globals()
     strangers = named - {name for _, name in numbers}  # those that the strict reader knows stay what they are
     for substitute in (Settings, Opaque):
         try:
             return _load(path, kind, numbers + [(substitute, name) for name in strangers])
         except Exception as error:
             reason = _reason(error)
-    raise WeightsError(f"{refusal} ({reason}): save plain tensors") from first
+    raise WeightsError(f"{path} is not a checkpoint that loads safely ({reason}): save plain tensors") from first
+
+
+def _check_tensors(path: Path, content: Any) -> None:
+    """Refuse tensors that claim more than their file holds, which would take memory as soon as they are copied."""
+    seen, waiting = set(), [content]
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:  # however often a list repeats another, it is looked at once
+            continue
+        if isinstance(value, Tensor):
+            plain = type(value) in (Tensor, Parameter) and value.layout is torch.strided and value.device.type == "cpu"
+            if not plain or value.is_quantized or value.dim() > 16:
+                raise WeightsError(f"{path} holds a tensor of a special kind ({value.layout}): save plain tensors")
+            room = max(value.untyped_storage().nbytes(), SMALL)
+            if value.numel() * value.element_size() > room:
+                shape = list(value.shape)
+                raise WeightsError(f"{path} has a tensor {shape} without the bytes for it: save it contiguous")
+        elif isinstance(value, dict):
+            waiting += value.values()
+        elif isinstance(value, list | tuple):
+            waiting += value
+        else:
+            continue
+        seen.add(id(value))
 
 
 class Settings:
@@ -151,41 +188,21 @@ class Opaque:
         pass
 
 
-def _numpy_globals() -> list[tuple[Any, str]]:
-    """What rebuilds numpy numbers and arrays of numbers, under the names of old and new numpy."""
-    multiarray = np._core.multiarray
-    rebuild = []
-    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-        rebuild += [(multiarray.scalar, f"{module}.scalar"), (multiarray._reconstruct, f"{module}._reconstruct")]
-    kinds = {type(np.dtype(code)) for code in "?bBhHiIlLqQefdgSU"}
-    return (
-        rebuild
-        + [(np.ndarray, "numpy.ndarray"), (_dtype, "numpy.dtype")]
-        + [(kind, f"{kind.__module__}.{kind.__qualname__}") for kind in kinds]
-    )
-
-
-def _dtype(code: str, *args: Any) -> np.dtype:
-    """A plain number or text type; never objects, which would be pickles again."""
-    dtype = np.dtype(code)
-    if dtype.kind not in "biufSU":
-        raise ValueError(f"numpy arrays of type {code!r} are not read")
-    return dtype
-
-
 def _named(path: Path, kind: str) -> set[str]:
     """The classes and functions that a checkpoint names, found without unpickling it."""
     if kind == "zip":
         with zipfile.ZipFile(path) as archive:
-            name = next(name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl")
-            pickles = [archive.read(name)]
+            entry = next(entry for entry in archive.infolist() if entry.filename.rpartition("/")[2] == "data.pkl")
+            del entry.CRC  # kind_of has looked at the checksums, where there are any
+            pickles = [archive.read(entry)]
     else:
         pickles = []
         with open(path, "rb") as file:
             for _ in range(4):  # magic number, protocol, system, content
                 start = file.tell()
-                for _operation in pickletools.genops(file):
-                    pass
+                for number, _operation in enumerate(pickletools.genops(file)):
+                    if number > MOST_OPERATIONS:
+                        raise ValueError("a pickle without end")
                 end = file.tell()
                 file.seek(start)
                 pickles.append(file.read(end - start))

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from visionattn.weights import WeightsError
+from visionattn.weights.numbers import numpy_globals
 from visionattn.weights.read import read_bare_weights, read_checkpoint, read_weights
 
 WEIGHTS = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.ones(2)}
@@ -292,3 +293,61 @@ def test_a_missing_file_and_a_lone_tensor_are_refused(tmp_path):
     torch.save(torch.zeros(3), tmp_path / "w.pth")
     with pytest.raises(WeightsError, match="holds a Tensor, not a checkpoint"):
         read_checkpoint(tmp_path / "w.pth")
+
+
+# --- numbers of numpy ------------------------------------------------------------------------------------------------
+
+
+def test_numpy_s_own_state_setters_are_not_among_what_may_be_called():
+    for substitute, name in numpy_globals():
+        assert substitute.__module__ == "visionattn.weights.numbers", name
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+@pytest.mark.parametrize(
+    "value",
+    [np.float64(1.5), np.float32(1.5), np.int64(-3), np.bool_(True), np.str_("text"), np.complex64(1 + 2j)]
+    + [np.arange(6).reshape(2, 3), np.asfortranarray(np.arange(6.0).reshape(2, 3)), np.array(["a", "bc"])]
+    + [np.arange(3, dtype=">i4"), np.zeros((0, 2)), np.array(2.0)],
+    ids=repr,
+)
+def test_numbers_and_arrays_of_numpy_are_those_of_python(tmp_path, value, legacy):
+    torch.save({"model": WEIGHTS, "x": value}, tmp_path / "w.pth", _use_new_zipfile_serialization=not legacy)
+    found = read_checkpoint(tmp_path / "w.pth")["x"]
+    expected = value.tolist()
+    assert found == (expected if value.shape or not isinstance(value, np.ndarray) else [expected])
+    assert not type(found).__module__.startswith("numpy")
+
+
+class Typed:
+    """A dtype with a state of its own choice."""
+
+    def __init__(self, code, state):
+        self.call = np.dtype, (code, False, True), state
+
+    def __reduce__(self):
+        return self.call
+
+
+class Scalar:
+    def __init__(self, dtype, content):
+        self.call = np._core.multiarray.scalar, (dtype, content)
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 8, b"x" * 4096])
+@pytest.mark.parametrize("code", ["f8", "i1", "O", "V8", "U3", "S9999999", "f16", "M8[ns]"])
+@pytest.mark.parametrize("flags", [0, 1, 63, 255])
+@pytest.mark.parametrize("size", [-1, 0, 1, 2**30])
+def test_a_dtype_that_lies_about_its_size_or_its_objects_is_not_believed(tmp_path, code, size, flags, content):
+    names, fields = (("a",), {"a": (np.dtype("f8"), 0)}) if flags == 1 else (None, None)
+    value = Scalar(Typed(code, (3, "<", None, names, fields, size, 1, flags)), content)
+    torch.save({"model": WEIGHTS, "x": value, "y": [value] * 50}, tmp_path / "w.pth")
+    try:
+        found = read_checkpoint(tmp_path / "w.pth")["x"]
+    except WeightsError as error:
+        assert "\n" not in str(error)
+    else:
+        assert isinstance(found, bool | int | float | str | bytes)

@@ -3,6 +3,7 @@
 Letters: B batch, H rows, W columns, P prefix tokens, N = P + H * W tokens, C channels, h heads, D head dim.
 """
 
+import os
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
@@ -21,6 +22,9 @@ __all__ = ["LinearMixer", "Mixer", "MixerLike", "find_mixer", "short_names", "un
 
 EPS = 1e-6  # of the divisors of linear attention
 MixerLike = str | Callable[..., nn.Module]
+TRUSTED = "VISIONATTN_MIXERS"
+"""Environment variable: class paths of the user's own mixers that names may lead to."""
+HOMES = ("visionattn.attention.", "visionattn.layers.", "visionattn.backbones.", "visionattn.natten.")
 
 
 def unknown_size() -> bool:
@@ -196,22 +200,44 @@ class LinearMixer(Mixer):
 
 
 def find_mixer(mixer: MixerLike) -> Callable[..., nn.Module]:
-    """A mixer, or what its ``short_name`` or its class path ``"package.module.Class"`` names.
+    """A mixer, or what its ``short_name`` or its class path ``"visionattn.module.Class"`` names.
+
+    A name may have come out of a file that somebody else wrote, so it leads to layers of this package only. Mixers of
+    one's own are given as objects, or by class paths that the environment variable ``VISIONATTN_MIXERS`` lists,
+    separated by commas.
 
     Raises:
-        ValueError: If the name leads nowhere or to something that cannot be called.
+        ValueError: If the name leads nowhere or elsewhere, or what is given cannot be called.
     """
-    found = mixer
-    if isinstance(mixer, str):
-        module, _, name = mixer.rpartition(".")
-        try:
-            found = getattr(import_module(module), name) if module else short_names()[name]
-        except (ImportError, AttributeError, KeyError) as error:
-            example = f"'visionattn.attention.SoftmaxAttention'; short names are {', '.join(short_names())}"
-            raise ValueError(f"mixer {mixer!r} cannot be imported: {error}; a class path is {example}") from error
+    found = _named(mixer) if isinstance(mixer, str) else mixer
     if not callable(found):
         kind = f", which is a {type(found).__name__}" if isinstance(mixer, str) else ""
         raise ValueError(f"mixer must be a class, a function or a class path, got {mixer!r}{kind}")
+    return found
+
+
+def _named(name: str) -> type[nn.Module]:
+    """The layer that is called ``name``; nothing is imported before it is clear that the name may be followed."""
+    names = short_names()
+    if name in names:
+        return names[name]
+    allowed = f"short names are {', '.join(names)}; a class path is 'visionattn.attention.SoftmaxAttention'"
+    trusted = name in {path.strip() for path in os.environ.get(TRUSTED, "").split(",")}
+    if not trusted and not (name.startswith(HOMES) and all(part.isidentifier() for part in name.split("."))):
+        raise ValueError(
+            f"mixer {name!r} is no name of ours, and other names are not imported, as they may come out of a file: "
+            f"{allowed}. Give a mixer of your own as a class, or set {TRUSTED}={name} in your command"
+        )
+    module, _, attribute = name.rpartition(".")
+    try:
+        if not trusted and (hidden := [part for part in name.split(".") if part.startswith("_")]):
+            raise ImportError(f"{hidden[0]} is private")
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"mixer {name!r} cannot be imported: {error}; {allowed}") from error
+    ours = trusted or str(getattr(found, "__module__", "")).startswith("visionattn.")
+    if not (ours and isinstance(found, type) and issubclass(found, nn.Module)) or hasattr(found, "forward_features"):
+        raise ValueError(f"mixer {name!r} is no layer{'' if trusted else ' of ours'}: {allowed}")
     return found
 
 

@@ -35,6 +35,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     fitted = {name: fit_table(name, value, own[name]) if name in own else value for name, value in state.items()}
     _join_qkv(fitted, own)
     _rename_lepe(fitted, own)
+    _keep_unused_scale(fitted, own)
     _start_counters(fitted, own)
     if hasattr(model.stem, "grid_size"):
         fitted = resize_position_embedding(fitted, model.stem)
@@ -83,6 +84,14 @@ def _rename_lepe(state: dict[str, Tensor], own: dict[str, Tensor]) -> None:
             if target in own and target not in state:
                 state[target] = state.pop(name)
                 break
+
+
+def _keep_unused_scale(state: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+    """A ``scale`` is a temperature where a mixer has one; SLAB's in CSwin is only there to be stored."""
+    for name in [name for name in state if name.endswith(".temperature") and name not in own]:
+        target = name.removesuffix("temperature") + "unused.scale"
+        if target in own and target not in state:
+            state[target] = state.pop(name)
 
 
 def _start_counters(state: dict[str, Tensor], own: dict[str, Tensor]) -> None:

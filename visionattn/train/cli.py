@@ -27,7 +27,7 @@ from visionattn.train.dense.detect import Detection
 from visionattn.train.dense.segment import Segmentation
 from visionattn.train.predict import add_arguments, predict
 from visionattn.train.task import Task
-from visionattn.weights.card import CARD
+from visionattn.weights.card import CARD, ELSEWHERE, checked, run_settings
 from visionattn.weights.read import local_file, read_checkpoint
 
 DEFAULTS = importlib.resources.files("visionattn.configs") / "trainer" / "default.yaml"
@@ -106,7 +106,9 @@ class CLI(LightningCLI):
         if not path:
             return
         self.checkpoint = read_checkpoint(local_file(path))
-        trained = {k: v for k, v in self.checkpoint.get("hyper_parameters", {}).items() if not k.startswith("_")}
+        if self.checkpoint.get(CARD) is not None:
+            self.checkpoint[CARD] = checked(self.checkpoint[CARD], path)
+        trained = run_settings(self.checkpoint, path)
         trained.pop("num_classes", None)  # follows from the data
         place = self.arguments.index(subcommand) + 1
         task = class_path(TASKS[(self.checkpoint.get(CARD) or {}).get("task")])
@@ -116,6 +118,11 @@ class CLI(LightningCLI):
             raise UserError(f"{path} is of {task}: leave --model out, or name this one")
         config["model"]["class_path"] = task
         asked, asked_data = (dict(asked.get(f"{part}.init_args") or {}) for part in ("model", "data"))
+        if str(trained.get("name", "")).startswith(ELSEWHERE) and asked.get("name") != trained["name"]:
+            raise UserError(
+                f"{path} looks for its model at {trained['name']}, which only you may: if you trust that place, add "
+                f"--model.name {trained['name']}"
+            )
         binding = trained.keys() - FREE_ON_RESUME if subcommand == "fit" else ARCHITECTURE
         differ = [k for k in asked if k in binding and k in trained and asked[k] != trained[k]]
         if differ:

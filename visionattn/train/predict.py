@@ -18,7 +18,7 @@ import visionattn
 from visionattn.errors import UserError, some
 from visionattn.train.data import finder
 from visionattn.train.data.pictures import UnreadableImage, open_image
-from visionattn.weights.card import build, check_model_name, read_card
+from visionattn.weights.card import build, check_model_name, complete, read_card
 from visionattn.weights.errors import WeightsError
 from visionattn.weights.load import load_weights
 
@@ -123,6 +123,7 @@ def load(ckpt: str | None, model: str | None) -> tuple[nn.Module, Any, list[str]
     """A network with its weights, the transform that its images need, and the names of its classes."""
     if ckpt:
         card = read_card(ckpt)
+        complete(card, "class_names", "preprocess")
         net = build(card)
         load_weights(net, ckpt)
         return net, create_transform(**card["preprocess"]), card["class_names"]

@@ -15,7 +15,7 @@ from visionattn.train.data.base import Data
 from visionattn.train.data.sampling import global_seed, seed_random
 from visionattn.train.flops import training_flops
 from visionattn.train.optim import create_optimizer
-from visionattn.weights.card import CARD
+from visionattn.weights.card import CARD, settled
 
 
 class Task(pl.LightningModule):
@@ -99,7 +99,7 @@ class Task(pl.LightningModule):
     # Set-up
 
     def setup(self, stage: str) -> None:
-        self.card |= self.trainer.datamodule.card()
+        self.card = settled(self.card) | self.trainer.datamodule.card()
 
     def configure_model(self) -> None:
         if isinstance(self.trainer.strategy, ModelParallelStrategy):

@@ -103,6 +103,10 @@ def verify(names: list[str], forward: bool = True) -> None:
             result = verify_file(name, forward)
             failed |= "hash" not in result or any("DIFFERS" in v or "FAILED" in v for v in result.values())
             print("\n  ".join([name, *(f"{key}: {value}" for key, value in result.items())]))
+        if not matching:
+            raise WeightsError(
+                f"nothing to verify: no file on this machine is like {pattern}; visionattn weights list --here"
+            )
     if failed:
         sys.exit(1)
 

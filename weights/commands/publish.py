@@ -2,6 +2,7 @@
 
 import csv
 import json
+import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,9 +11,10 @@ import torch
 from timm.models import save_for_hf
 
 import visionattn
-from visionattn.errors import some
-from visionattn.weights.card import build, read_card
+from visionattn.errors import one_line, some
+from visionattn.weights.card import build, complete, read_card, run_settings
 from visionattn.weights.errors import WeightsError
+from visionattn.weights.export import share
 from visionattn.weights.read import PREFIX, bare, read_checkpoint
 
 __all__ = ["push"]
@@ -45,23 +47,43 @@ def push(
     content = read_checkpoint(checkpoint)
     card = read_card(checkpoint)
     state = chosen(content, weights, checkpoint)
+    complete(card, "class_names", "preprocess")
+    if card.get("task"):
+        raise WeightsError(f"{checkpoint} is of the task {card['task']}, and timm opens classifiers: export it instead")
     net = build(card)
+    own = net.state_dict()
+    if wrong := [key for key in own.keys() | state.keys() if key not in own or key not in state]:
+        raise WeightsError(f"{checkpoint} does not hold the {card['name']} that it describes: {some(sorted(wrong))}")
+    if wrong := [key for key in own if own[key].shape != state[key].shape]:
+        raise WeightsError(f"{checkpoint} does not hold the {card['name']} that it describes: {some(wrong)}")
     net.load_state_dict(state)
     preprocess, names = dict(card["preprocess"]), [str(name) for name in card["class_names"]]
     measured = metrics(content, Path(checkpoint))
     folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise WeightsError(f"cannot write {out}: it is a file; choose a folder")
     net.pretrained_cfg |= dict(license=license, tag=None) | {
         key: tuple(value) if isinstance(value, list) else value for key, value in preprocess.items()
     }
     for key in ("description", "notes"):  # of other weights
         net.pretrained_cfg.pop(key, None)
     config = dict(label_names=names, num_classes=card["num_classes"])
-    save_for_hf(net, folder, config, model_args=card["model_args"], safe_serialization=True, data_config=preprocess)
+    title = folder.name if repo is None else repo.split("/")[-1]
     settings = training_settings(content, Path(checkpoint))
-    text = readme(
-        folder.name if repo is None else repo.split("/")[-1], card, measured, settings, license, weights, repo
-    )
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    text = readme(title, card, measured, settings, license, weights, repo)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as made:
+            save_for_hf(
+                net, made, config, model_args=card["model_args"], safe_serialization=True, data_config=preprocess
+            )
+            Path(made, "README.md").write_text(text, encoding="utf-8")
+            folder.mkdir(exist_ok=True)
+            for file in Path(made).iterdir():
+                share(file)
+                file.replace(folder / file.name)
+    except OSError as error:
+        raise WeightsError(f"cannot write {out} ({one_line(error)}): free some space, or choose another") from error
     if repo is not None:
         upload(folder, repo, private)
     return folder
@@ -94,7 +116,7 @@ def training_settings(content: dict[str, Any], checkpoint: Path) -> str:
     config = checkpoint.parent.parent / "config.yaml"
     if config.is_file():
         return config.read_text(encoding="utf-8").strip()
-    return json.dumps(content.get("hyper_parameters", {}), indent=2, default=str)
+    return json.dumps(run_settings(content, str(checkpoint)), indent=2)
 
 
 def readme(

@@ -22,7 +22,7 @@ from visionattn.weights.load import classifiers
 from visionattn.weights.locate import added_file, cache_name, first_url
 from visionattn.weights.read import bare, read_weights
 
-__all__ = ["Translation", "add", "detect", "translate", "translated"]
+__all__ = ["Translation", "add", "detect", "translate", "translated", "unusable"]
 
 
 @dataclass
@@ -139,6 +139,17 @@ def detect(state: dict[str, Tensor], file_name: str = "") -> str:
     return names[0]
 
 
+def unusable(state: dict[str, Tensor], own: dict[str, Tensor]) -> list[str]:
+    """The parameters in ``state`` that no model can compute with, each with the reason."""
+    found = []
+    for name, value in state.items():
+        if own[name].is_floating_point() and not value.is_floating_point():
+            found.append(f"{name} has numbers of type {str(value.dtype).removeprefix('torch.')}")
+        elif value.is_floating_point() and not value.float().isfinite().all():
+            found.append(f"{name} has values that are NaN or infinite")
+    return found
+
+
 def translate(source: str | Path, target: str | Path | None = None, model: str | None = None) -> Translation:
     """Read a checkpoint, rename its tensors, and write them as safetensors.
 
@@ -165,6 +176,8 @@ def translate(source: str | Path, target: str | Path | None = None, model: str |
     result.name = model
     if not result.fits:
         raise WeightsError(f"{source} does not fit {arch} completely: {'; '.join(result.lines())}. Nothing was written")
+    if broken := unusable(result.state, _model(arch).state_dict()):
+        raise WeightsError(f"{source} is damaged, or no weights: {some(broken)}. Nothing was written")
     if target is not None:
         known = get_pretrained_cfg(arch if model not in checkpoints() else model)
         preprocess = resolve_data_config(pretrained_cfg=known.to_dict())
