@@ -56,6 +56,8 @@ class Classification(Task):
         super().__init__(**kwargs)
         if decay not in ("cosine", "linear"):
             raise UserError(f"model.decay is {decay!r}: it must be cosine or linear")
+        self.require(0, "warmup_epochs", "warmup_lr", "min_lr", "cooldown_epochs", "mixup", "cutmix")
+        self.require(0, "label_smoothing", "mixup_prob", "mixup_switch_prob", most=1)
         p = self.hparams
         self.card = dict(name=p.name, model_args=p.model_args or {}, num_classes=p.num_classes)
         self.net = build(self.card, p.pretrained)
@@ -102,7 +104,11 @@ class Classification(Task):
             even = len(images) // 2 * 2  # Mixup pairs the images up
             images, targets = self.mixup(images[:even], targets[:even])
             smoothing = 0.0  # already in the mixed targets
-        loss = F.cross_entropy(self(images), targets, label_smoothing=smoothing)
+        logits = self(images)
+        loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
+        if not torch.isfinite(loss):
+            bad = int((~logits.isfinite().all(1)).sum()) or len(images)
+            self.require_finite(loss, batch_idx, f"{bad} of its {len(images)} images")
         self.log_loss(loss, len(images))
         return loss
 
