@@ -1,8 +1,7 @@
-"""Averaged weights, throughput, exported weights and a log line per epoch."""
+"""Averaged weights, throughput, exported weights and pictures of what is predicted."""
 
 import os
 import shutil
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -118,29 +117,10 @@ class ExportWeights(Callback):
             export_weights(best, self.path)
 
 
-class EpochLines(Callback):
-    """One printed line per epoch, for screens that cannot show a progress bar."""
-
-    start = 0.0
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.start = time.perf_counter()
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.is_global_zero:
-            shown = {"train/loss_epoch": "loss {:.4f}", **pl_module.summary}
-            metrics = trainer.callback_metrics
-            parts = [text.format(metrics[name]) for name, text in shown.items() if name in metrics]
-            seconds = f"{time.perf_counter() - self.start:.1f} s"
-            epoch = f"epoch {trainer.current_epoch + 1}"
-            epoch += f"/{trainer.max_epochs}" if trainer.max_epochs != -1 else f", step {trainer.global_step}"
-            print(", ".join([epoch, *parts, seconds]), flush=True)
-
-
 class Pictures(Callback):
     """Writes ``pictures/epochNNN.png``: validation images with their targets and with what the task predicts.
 
-    Only tasks that return predictions from their validation step, those for segmentation and detection, have any.
+    Only tasks that can draw one image's predictions, those for segmentation and detection, have any.
 
     Args:
         count: Images to show, the first of the validation set.
@@ -158,7 +138,7 @@ class Pictures(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if outputs is None or not trainer.is_global_zero or trainer.sanity_checking:
+        if not hasattr(pl_module, "picture") or not trainer.is_global_zero or trainer.sanity_checking:
             return
         for image, target, prediction in zip(batch.images, batch.targets, outputs, strict=True):
             if len(self.rows) < self.count:

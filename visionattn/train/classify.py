@@ -112,14 +112,14 @@ class Classification(Task):
         self.log_loss(loss, len(images))
         return loss
 
-    def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
-        self._evaluate(batch)
+    def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
+        return self._evaluate(batch)
 
     def on_validation_epoch_end(self) -> None:
         self._report("val")
 
-    def test_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
-        self._evaluate(batch)
+    def test_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
+        return self._evaluate(batch)
 
     def on_test_epoch_end(self) -> None:
         self._report("test")
@@ -127,7 +127,8 @@ class Classification(Task):
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self(batch[0]).softmax(-1)
 
-    def _evaluate(self, batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    def _evaluate(self, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """Count a batch in; returns its logits."""
         images, targets, unreadable = batch
         self.unreadable["eval"] += int(unreadable.sum())
         logits = self(images).float()
@@ -138,6 +139,7 @@ class Classification(Task):
         self.metrics["loss"].update(loss, counts)
         self.metrics["acc1"].update(100 * order[:, 0].float(), counts)
         self.metrics["acc5"].update(100 * order.any(1).float(), counts)
+        return logits
 
     def _report(self, stage: str) -> None:
         for name, metric in self.metrics.items():

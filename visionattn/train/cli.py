@@ -18,7 +18,13 @@ import yaml
 from jsonargparse import Namespace
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ThroughputMonitor, WeightAveraging
+from lightning.pytorch.callbacks import (
+    LearningRateMonitor,
+    ModelCheckpoint,
+    ProgressBar,
+    ThroughputMonitor,
+    WeightAveraging,
+)
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -26,15 +32,17 @@ from lightning.pytorch.utilities import rank_zero_only
 import visionattn  # noqa: F401  (registers our models)
 import visionattn.train.data  # noqa: F401  (the short names of its classes work on the command line)
 from visionattn.errors import UserError, one_line, some
-from visionattn.train.callbacks import EpochLines, ExportWeights, Pictures, best_checkpoint, check_disk
+from visionattn.train.callbacks import ExportWeights, Pictures, best_checkpoint, check_disk
 from visionattn.train.classify import Classification
 from visionattn.train.data.base import Data
 from visionattn.train.dense.detect import Detection
 from visionattn.train.dense.segment import Segmentation
 from visionattn.train.failures import LostProcess, explained
 from visionattn.train.predict import add_arguments, predict
+from visionattn.train.progress import EpochLines, RunBar
 from visionattn.train.saving import SafeIO, newest, readable
 from visionattn.train.stopping import Interrupted, StopOnSignal, is_child, signals_taken, stopper
+from visionattn.train.summary import Summary
 from visionattn.train.task import Task
 from visionattn.weights.card import CARD
 from visionattn.weights.read import local_file, read_checkpoint
@@ -43,7 +51,7 @@ DEFAULTS = importlib.resources.files("visionattn.configs") / "trainer" / "defaul
 """What every run starts from; ``-c`` files and flags override it."""
 
 # What only training needs: Lightning would warn that their state is not restored, or they write into the run's folder.
-FIT_ONLY = (ModelCheckpoint, WeightAveraging, ThroughputMonitor, ExportWeights, LearningRateMonitor, Pictures)
+FIT_ONLY = (ModelCheckpoint, WeightAveraging, ThroughputMonitor, ExportWeights, LearningRateMonitor, Pictures, Summary)
 # Settings that a checkpoint leaves open: they change how a run computes, not what.
 FREE_ON_RESUME = {"pretrained", "weights", "reset_head", "compile", "channels_last"}
 # What the weights were made for.
@@ -207,9 +215,10 @@ class CLI(LightningCLI):
             kwargs["logger"] = config["trainer"].get("logger") if not automatic else False
             kwargs["enable_checkpointing"] = False
             callbacks = [callback for callback in callbacks if not isinstance(callback, FIT_ONLY)]
-        if not sys.stderr.isatty():
-            kwargs["enable_progress_bar"] = False
-            callbacks.append(EpochLines())
+        wanted = config["trainer"].get("enable_progress_bar") is not False and sys.stdout.isatty()
+        if not any(isinstance(callback, ProgressBar) for callback in callbacks):
+            kwargs["enable_progress_bar"] = wanted
+            callbacks.append(RunBar() if wanted else EpochLines())
         if self.subcommand == "fit":
             callbacks.append(StopOnSignal())
         kwargs["callbacks"] = callbacks
