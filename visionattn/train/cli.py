@@ -133,11 +133,14 @@ class CLI(LightningCLI):
         typed = self.parser.parse_args(self._typed(subcommand, config, task), defaults=False)[subcommand]
         if typed.model.class_path != task:
             raise UserError(f"{path} is of {task}: leave --model out, or name this one")
-        in_files = dict(config.get("model.init_args") or {}) if config["model"]["class_path"] == task else {}
+        place = self.arguments.index(subcommand) + 1
+        given = [*self.arguments[:place], f"--model={task}", *self.arguments[place:]]
+        given = self.parser.parse_args(given, defaults=False)[subcommand].model
+        given = dict(given.get("init_args") or {}) if given.class_path == task else {}
         config["model"]["class_path"] = task
         asked, asked_data = (dict(typed.get(f"{part}.init_args") or {}) for part in ("model", "data"))
-        binding = trained.keys() - FREE_ON_RESUME if subcommand == "fit" else ARCHITECTURE
-        differ = [k for k in asked if k in binding and k in trained and asked[k] != trained[k]]
+        binding = trained.keys() - FREE_ON_RESUME if subcommand == "fit" else ARCHITECTURE & trained.keys()
+        differ = [k for k in asked if k in binding and asked[k] != trained[k]]
         if differ:
             differences = some((f"model.{key} is {asked[key]!r}, was {trained[key]!r}" for key in differ), 5)
             raise UserError(
@@ -145,7 +148,11 @@ class CLI(LightningCLI):
                 f"start a new run from its weights: --model.weights {path} instead of --ckpt_path"
             )
         # A configuration under the checkpoint is that of the training, on which flags may have been put.
-        free = {k: v for k, v in in_files.items() if k in FREE_ON_RESUME}
+        if other := [
+            f"model.{k} {given[k]!r}" for k in given if k in binding - asked.keys() and given[k] != trained[k]
+        ]:
+            rank_zero_only(print)(f"{path} has the last word; the files say otherwise: {some(other, 5)}")
+        free = {k: v for k, v in given.items() if k in FREE_ON_RESUME}
         fresh = {"weights": None, "pretrained": False, "reset_head": False}  # the checkpoint has the weights
         config["model"]["init_args"] = Namespace(**(trained | free | asked | fresh))
         if (data := config.get("data.init_args")) and (card := self.checkpoint.get(CARD)):
