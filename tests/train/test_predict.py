@@ -116,3 +116,31 @@ def test_weights_that_cannot_be_had_end_with_one_line(pictures, tmp_path, monkey
     }
     with pytest.raises(UserError, match="not in the cache, and offline mode forbids to download it"):
         run([command, *arguments[command]])
+
+
+def test_an_earlier_result_is_never_overwritten_unasked(run_dir, pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(3):
+        predict([str(pictures / "a.png")], str(run_dir / "checkpoints" / "last.ckpt"))
+    assert {path.name for path in tmp_path.glob("*.json")} == {f"predictions{n}.json" for n in ("", "-1", "-2")}
+    assert capsys.readouterr().out.strip().endswith("wrote predictions-2.json")
+
+
+def test_a_folder_of_classes_gives_an_accuracy(run_dir, tmp_path, capsys):
+    digits, _ = Digits().dataset("val")
+    for n in range(60):
+        folder = tmp_path / "in" / str(digits.targets[n])
+        folder.mkdir(parents=True, exist_ok=True)
+        digits.images[n].save(folder / f"{n}.png")
+    checkpoint = str(run_dir / "checkpoints" / "last.ckpt")
+    results = predict([str(tmp_path / "in")], checkpoint, output=str(tmp_path / "p.json"))
+    right = sum(r["file"].split("/")[-2] == r["classes"][0]["label"] for r in results)
+    assert f"{right} of 60 are in the folder of their class: {100 * right / 60:.2f} %, " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("device", ["cuda", "warp", "cuda:99", "meta:x"])
+def test_a_device_that_is_not_there_is_named(run_dir, pictures, tmp_path, device):
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(UserError, match=f"no device {device} here .*: use --device cpu, or auto"):
+        predict([str(pictures)], str(run_dir / "checkpoints" / "last.ckpt"), device=device)

@@ -1,7 +1,7 @@
-"""Averaged weights, throughput, exported weights and a log line per epoch."""
+"""Averaged weights, throughput, exported weights and pictures of what is predicted."""
 
+import os
 import shutil
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,10 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ThroughputMon
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from visionattn.errors import UserError
+from visionattn.errors import UserError, amount
 from visionattn.train.flops import peak_flops
 from visionattn.train.overlays import stacked, to_pil
+from visionattn.train.saving import LastCheckpoint  # noqa: F401  (configurations name it here)
 from visionattn.weights.export import export_weights
 
 
@@ -30,6 +31,9 @@ class EMA(WeightAveraging):
     """
 
     def __init__(self, decay: float = 0.9998, warmup: bool = True) -> None:
+        if not 0 <= decay < 1:
+            raise UserError(f"decay of EMA is {decay}: it must be at least 0 and less than 1")
+        self.swapped = False
         self.decay, self.warmup = decay, warmup
         super().__init__(multi_avg_fn=self._average)
 
@@ -47,6 +51,14 @@ class EMA(WeightAveraging):
             # It warns that configure_model() does not shard here; a sharded model has just been refused.
             warnings.filterwarnings("ignore", "You're using the WeightAveraging callback with a model")
             super().setup(trainer, pl_module, stage)
+
+    def _swap_models(self, pl_module: pl.LightningModule) -> None:
+        self.swapped = not self.swapped
+        super()._swap_models(pl_module)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if self.swapped:  # out of a validation: what is saved now must have the raw weights in their place
+            self._swap_models(pl_module)
 
 
 def images_in(batch: Any) -> int:
@@ -93,13 +105,6 @@ class BestCheckpoints(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
 
 
-class LastCheckpoint(ModelCheckpoint):
-    """Keeps ``last.ckpt`` of the latest epoch; ``save_last`` of a monitored checkpoint leaves out unsuccessful ones."""
-
-    def __init__(self) -> None:
-        super().__init__(filename="last", enable_version_counter=False)
-
-
 class ExportWeights(Callback):
     """Writes the best checkpoint's bare weights to ``model.safetensors`` beside it when training ends."""
 
@@ -112,29 +117,10 @@ class ExportWeights(Callback):
             export_weights(best, self.path)
 
 
-class EpochLines(Callback):
-    """One printed line per epoch, for screens that cannot show a progress bar."""
-
-    start = 0.0
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.start = time.perf_counter()
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.is_global_zero:
-            shown = {"train/loss_epoch": "loss {:.4f}", **pl_module.summary}
-            metrics = trainer.callback_metrics
-            parts = [text.format(metrics[name]) for name, text in shown.items() if name in metrics]
-            seconds = f"{time.perf_counter() - self.start:.1f} s"
-            epoch = f"epoch {trainer.current_epoch + 1}"
-            epoch += f"/{trainer.max_epochs}" if trainer.max_epochs != -1 else f", step {trainer.global_step}"
-            print(", ".join([epoch, *parts, seconds]), flush=True)
-
-
 class Pictures(Callback):
     """Writes ``pictures/epochNNN.png``: validation images with their targets and with what the task predicts.
 
-    Only tasks that return predictions from their validation step, those for segmentation and detection, have any.
+    Only tasks that can draw one image's predictions, those for segmentation and detection, have any.
 
     Args:
         count: Images to show, the first of the validation set.
@@ -152,7 +138,7 @@ class Pictures(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if outputs is None or not trainer.is_global_zero or trainer.sanity_checking:
+        if not hasattr(pl_module, "picture") or not trainer.is_global_zero or trainer.sanity_checking:
             return
         for image, target, prediction in zip(batch.images, batch.targets, outputs, strict=True):
             if len(self.rows) < self.count:
@@ -171,13 +157,13 @@ class Pictures(Callback):
 
 
 def best_checkpoint(trainer: pl.Trainer) -> str | None:
-    """The best checkpoint file of a finished run."""
-    saver = trainer.checkpoint_callback
-    return (saver.best_model_path or saver.last_model_path or None) if isinstance(saver, ModelCheckpoint) else None
+    """The best checkpoint file of a finished run, or the last one if it was never validated."""
+    savers = [callback for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint)]
+    return next((path for saver in savers if (path := saver.best_model_path or saver.last_model_path)), None)
 
 
 def check_disk(trainer: pl.Trainer, pl_module: pl.LightningModule, folder: str) -> None:
-    """Refuse to start when the checkpoints of the run cannot fit on the disk.
+    """Refuse to start when the checkpoints of the run cannot be written, or cannot fit on the disk.
 
     Args:
         trainer: Holds the checkpoint and averaging callbacks.
@@ -185,17 +171,21 @@ def check_disk(trainer: pl.Trainer, pl_module: pl.LightningModule, folder: str) 
         folder: Where checkpoints go.
 
     Raises:
-        UserError: If less is free than the checkpoints need.
+        UserError: If the folder cannot be made or written to, or less is free than the checkpoints need.
     """
+    existing = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"--out {folder}: {existing} is a file. Choose another folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"--out {folder}: nothing can be written to {existing}. Choose another folder")
     weights = sum(t.numel() * t.element_size() for t in pl_module.state_dict().values())
     copies = 3 + any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)  # weights, two moments
     savers = [callback for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint)]
     # One more than are kept, because a new file is written before an old one goes.
     files = sum(max(1, saver.save_top_k) + bool(saver.save_last) + 1 for saver in savers)
-    existing = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
     needed, free = weights * copies * files, shutil.disk_usage(existing).free
     if needed > free:
         raise UserError(
-            f"not enough disk space: the checkpoints need about {needed / 1e9:.2f} GB and {existing} has "
-            f"{free / 1e9:.2f} GB. Free some, or choose another disk with --out"
+            f"not enough disk space: the checkpoints need about {amount(needed)} and {existing} has {amount(free)}. "
+            "Free some, or choose another disk with --out"
         )

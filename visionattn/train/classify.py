@@ -56,6 +56,8 @@ class Classification(Task):
         super().__init__(**kwargs)
         if decay not in ("cosine", "linear"):
             raise UserError(f"model.decay is {decay!r}: it must be cosine or linear")
+        self.require(0, "warmup_epochs", "warmup_lr", "min_lr", "cooldown_epochs", "mixup", "cutmix")
+        self.require(0, "label_smoothing", "mixup_prob", "mixup_switch_prob", most=1)
         p = self.hparams
         self.card = dict(name=p.name, model_args=p.model_args or {}, num_classes=p.num_classes)
         self.net = build(self.card, p.pretrained)
@@ -102,18 +104,22 @@ class Classification(Task):
             even = len(images) // 2 * 2  # Mixup pairs the images up
             images, targets = self.mixup(images[:even], targets[:even])
             smoothing = 0.0  # already in the mixed targets
-        loss = F.cross_entropy(self(images), targets, label_smoothing=smoothing)
+        logits = self(images)
+        loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
+        if not torch.isfinite(loss):
+            bad = int((~logits.isfinite().all(1)).sum()) or len(images)
+            self.require_finite(loss, batch_idx, f"{bad} of its {len(images)} images")
         self.log_loss(loss, len(images))
         return loss
 
-    def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
-        self._evaluate(batch)
+    def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
+        return self._evaluate(batch)
 
     def on_validation_epoch_end(self) -> None:
         self._report("val")
 
-    def test_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
-        self._evaluate(batch)
+    def test_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
+        return self._evaluate(batch)
 
     def on_test_epoch_end(self) -> None:
         self._report("test")
@@ -121,7 +127,8 @@ class Classification(Task):
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self(batch[0]).softmax(-1)
 
-    def _evaluate(self, batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    def _evaluate(self, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """Count a batch in; returns its logits."""
         images, targets, unreadable = batch
         self.unreadable["eval"] += int(unreadable.sum())
         logits = self(images).float()
@@ -132,6 +139,7 @@ class Classification(Task):
         self.metrics["loss"].update(loss, counts)
         self.metrics["acc1"].update(100 * order[:, 0].float(), counts)
         self.metrics["acc5"].update(100 * order.any(1).float(), counts)
+        return logits
 
     def _report(self, stage: str) -> None:
         for name, metric in self.metrics.items():

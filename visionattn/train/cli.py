@@ -2,30 +2,47 @@
 
 import importlib.resources
 import logging
+import math
+import os
 import re
+import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import torch
+import yaml
 from jsonargparse import Namespace
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ThroughputMonitor, WeightAveraging
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
+from lightning.pytorch.callbacks import (
+    LearningRateMonitor,
+    ModelCheckpoint,
+    ProgressBar,
+    ThroughputMonitor,
+    WeightAveraging,
+)
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import visionattn  # noqa: F401  (registers our models)
 import visionattn.train.data  # noqa: F401  (the short names of its classes work on the command line)
 from visionattn.errors import UserError, one_line, some
-from visionattn.train.callbacks import EpochLines, ExportWeights, Pictures, best_checkpoint, check_disk
+from visionattn.train.callbacks import ExportWeights, Pictures, best_checkpoint, check_disk
 from visionattn.train.classify import Classification
 from visionattn.train.data.base import Data
 from visionattn.train.dense.detect import Detection
 from visionattn.train.dense.segment import Segmentation
+from visionattn.train.failures import LostProcess, explained
 from visionattn.train.predict import add_arguments, predict
+from visionattn.train.progress import EpochLines, RunBar
+from visionattn.train.saving import SafeIO, newest, readable
+from visionattn.train.stopping import Interrupted, StopOnSignal, is_child, signals_taken, stopper
+from visionattn.train.summary import Summary
 from visionattn.train.task import Task
 from visionattn.weights.card import CARD, ELSEWHERE, checked, run_settings
 from visionattn.weights.read import local_file, read_checkpoint
@@ -34,13 +51,15 @@ DEFAULTS = importlib.resources.files("visionattn.configs") / "trainer" / "defaul
 """What every run starts from; ``-c`` files and flags override it."""
 
 # What only training needs: Lightning would warn that their state is not restored, or they write into the run's folder.
-FIT_ONLY = (ModelCheckpoint, WeightAveraging, ThroughputMonitor, ExportWeights, LearningRateMonitor, Pictures)
+FIT_ONLY = (ModelCheckpoint, WeightAveraging, ThroughputMonitor, ExportWeights, LearningRateMonitor, Pictures, Summary)
 # Settings that a checkpoint leaves open: they change how a run computes, not what.
 FREE_ON_RESUME = {"pretrained", "weights", "reset_head", "compile", "channels_last"}
 # What the weights were made for.
 ARCHITECTURE = {"name", "model_args", "backbone_args", "head", "head_args", "detector", "detector_args"}
 # By what a checkpoint says about itself.
 TASKS = {None: Classification, "segment": Segmentation, "detect": Detection}
+
+_terminate_all = _ChildProcessObserver._terminate_all
 
 
 class Parser(LightningArgumentParser):
@@ -94,6 +113,7 @@ class CLI(LightningCLI):
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        check_files(self.arguments)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "LightningCLI's args parameter")
             super().parse_arguments(parser, args)
@@ -105,41 +125,83 @@ class CLI(LightningCLI):
         path = config.get("ckpt_path")
         if not path:
             return
-        self.checkpoint = read_checkpoint(local_file(path))
+        self.checkpoint = self._read(path, subcommand)
+        path = config["ckpt_path"]
         if self.checkpoint.get(CARD) is not None:
             self.checkpoint[CARD] = checked(self.checkpoint[CARD], path)
         trained = run_settings(self.checkpoint, path)
         trained.pop("num_classes", None)  # follows from the data
-        place = self.arguments.index(subcommand) + 1
         task = class_path(TASKS[(self.checkpoint.get(CARD) or {}).get("task")])
-        arguments = [*self.arguments[:place], f"--model={task}", *self.arguments[place:]]  # it is required
-        asked = self.parser.parse_args(arguments, defaults=False)[subcommand]
-        if asked.model.class_path != task:
+        typed = self.parser.parse_args(self._typed(subcommand, config, task), defaults=False)[subcommand]
+        if typed.model.class_path != task:
             raise UserError(f"{path} is of {task}: leave --model out, or name this one")
+        place = self.arguments.index(subcommand) + 1
+        given = [*self.arguments[:place], f"--model={task}", *self.arguments[place:]]
+        given = self.parser.parse_args(given, defaults=False)[subcommand].model
+        given = dict(given.get("init_args") or {}) if given.class_path == task else {}
         config["model"]["class_path"] = task
-        asked, asked_data = (dict(asked.get(f"{part}.init_args") or {}) for part in ("model", "data"))
+        asked, asked_data = (dict(typed.get(f"{part}.init_args") or {}) for part in ("model", "data"))
         if str(trained.get("name", "")).startswith(ELSEWHERE) and asked.get("name") != trained["name"]:
             raise UserError(
                 f"{path} looks for its model at {trained['name']}, which only you may: if you trust that place, add "
                 f"--model.name {trained['name']}"
             )
-        binding = trained.keys() - FREE_ON_RESUME if subcommand == "fit" else ARCHITECTURE
-        differ = [k for k in asked if k in binding and k in trained and asked[k] != trained[k]]
+        binding = trained.keys() - FREE_ON_RESUME if subcommand == "fit" else ARCHITECTURE & trained.keys()
+        differ = [k for k in asked if k in binding and asked[k] != trained[k]]
         if differ:
             differences = some((f"model.{key} is {asked[key]!r}, was {trained[key]!r}" for key in differ), 5)
             raise UserError(
                 f"{path} was trained with other settings: {differences}. Leave them out to go on with that model, or "
                 f"start a new run from its weights: --model.weights {path} instead of --ckpt_path"
             )
+        # A configuration under the checkpoint is that of the training, on which flags may have been put.
+        if other := [
+            f"model.{k} {given[k]!r}" for k in given if k in binding - asked.keys() and given[k] != trained[k]
+        ]:
+            rank_zero_only(print)(f"{path} has the last word; the files say otherwise: {some(other, 5)}")
+        free = {k: v for k, v in given.items() if k in FREE_ON_RESUME}
         fresh = {"weights": None, "pretrained": False, "reset_head": False}  # the checkpoint has the weights
-        config["model"]["init_args"] = Namespace(**(trained | asked | fresh))
+        config["model"]["init_args"] = Namespace(**(trained | free | asked | fresh))
         if (data := config.get("data.init_args")) and (card := self.checkpoint.get(CARD)):
             known = card["preprocess"] | {"model": card["name"], "img_size": card["preprocess"]["input_size"][-1]}
             data.update(Namespace(**{k: v for k, v in known.items() if k in data and k not in asked_data}))
 
+    def _read(self, path: str, subcommand: str) -> dict[str, Any]:
+        """The checkpoint to go on from; a run whose own is lost or damaged goes on from the newest that is not."""
+        if subcommand == "fit":
+            found, content = readable(Path(path))
+            self.config[subcommand]["ckpt_path"] = path = str(found)
+        else:
+            content = read_checkpoint(local_file(path))
+        needed = {"state_dict", "loops", "optimizer_states"} if subcommand == "fit" else {"state_dict"}
+        if needed - content.keys():
+            do = "start a new run from them" if subcommand == "fit" else "measure them"
+            raise UserError(
+                f"{path} holds weights without the state of a run, to which --ckpt_path goes back: give last.ckpt, or "
+                f"{do} with --model.weights {path}"
+            )
+        return content
+
+    def _typed(self, subcommand: str, config: Namespace, task: str) -> list[str]:
+        """The command line without its configuration files."""
+        place = self.arguments.index(subcommand) + 1
+        rest, typed = iter(self.arguments[place:]), []
+        for argument in rest:
+            name, equals, value = argument.partition("=")
+            if name in ("-c", "--config", "--data", "--model", "--trainer"):
+                value = value if equals else next(rest, "")
+                if name in ("-c", "--config") or Path(value).is_file():
+                    continue
+                argument = f"{name}={value}"
+            typed.append(argument)
+        known = [f"--model={task}", f"--data={config['data']['class_path']}"]  # both are required
+        return [subcommand, *known, *typed]
+
     # Objects
 
     checkpoint: dict[str, Any] | None = None
+    trainer: pl.Trainer | None = None
+    started, ended = 0.0, False
 
     def before_instantiate_classes(self) -> None:
         if self.subcommand != "fit":
@@ -167,14 +229,24 @@ class CLI(LightningCLI):
             kwargs["logger"] = config["trainer"].get("logger") if not automatic else False
             kwargs["enable_checkpointing"] = False
             callbacks = [callback for callback in callbacks if not isinstance(callback, FIT_ONLY)]
-        if not sys.stderr.isatty():
-            kwargs["enable_progress_bar"] = False
-            callbacks.append(EpochLines())
+        wanted = config["trainer"].get("enable_progress_bar") is not False and sys.stdout.isatty()
+        if not any(isinstance(callback, ProgressBar) for callback in callbacks):
+            kwargs["enable_progress_bar"] = wanted
+            callbacks.append(RunBar() if wanted else EpochLines())
+        if self.subcommand == "fit":
+            callbacks.append(StopOnSignal())
         kwargs["callbacks"] = callbacks
+        for name in ("gradient_clip_val", "max_epochs", "max_steps"):
+            value, least = config["trainer"].get(name), 0 if name == "gradient_clip_val" else -1
+            if value is not None and not least <= value < math.inf:
+                raise UserError(f"trainer.{name} is {value}: it must be at least {least}")
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except ValueError as error:
             raise UserError(one_line(error)) from error
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = SafeIO()
+        return trainer
 
     # Runs
 
@@ -182,8 +254,55 @@ class CLI(LightningCLI):
         if subcommand == "predict":
             names = self._subcommand_method_arguments[subcommand]
             predict(**{name: self.config[subcommand][name] for name in names})
-        else:
+            return
+        try:
             super()._run_subcommand(subcommand)
+        except Interrupted as stop:
+            self.ended = True
+            stop.kept = self._kept()
+            raise
+        except Exception as error:
+            self.ended = True
+            failure = explained(error)
+            if failure is None or not self.started:
+                raise
+            raise type(failure)(f"{failure}. {self._kept()}".replace("..", ".")) from error
+        finally:
+            self._end_children()
+        if stopper.noted:  # after the last step, where the rest is soon done
+            raise Interrupted(stopper.noted)
+
+    def _kept(self) -> str:
+        """What a run that broke off has left, and how to go on with it."""
+        if not self.started:
+            return ""
+        file = newest(self.trainer, self.started)
+        if file is None:
+            before = self.config["fit"].get("ckpt_path")
+            return f"Nothing new was saved: run the same command {'again' if before else 'from the start'}"
+        step = torch.load(file, weights_only=True, mmap=True, map_location="cpu")["global_step"]
+        place = os.path.relpath(file) if file.is_relative_to(Path.cwd()) else file
+        return f"Saved step {step}: go on with the same command and --ckpt_path {place}"
+
+    def _watch_children(self) -> None:
+        """Say it when Lightning ends the run because a process of it has ended; it kills all without a word."""
+
+        def terminate_all(watch: _ChildProcessObserver) -> None:
+            if not self.ended:
+                codes = [f"process {n} with status {c.returncode}" for n, c in enumerate(children(self.trainer), 1)]
+                ended = some(code for code in codes if not code.endswith("None"))
+                print(f"error: the run lost {ended}, so all were ended. {self._kept()}", file=sys.stderr, flush=True)
+            _terminate_all(watch)
+
+        _ChildProcessObserver._terminate_all = terminate_all
+
+    def _end_children(self) -> None:
+        """Leave no process of the run behind: those that wait for one that ended would wait for ever."""
+        for child in children(self.trainer):
+            try:
+                child.wait(timeout=2)
+            except subprocess.TimeoutExpired:
+                child.kill()
 
     def before_fit(self) -> None:
         self._check(["train", "val"])
@@ -195,15 +314,31 @@ class CLI(LightningCLI):
                 "start from the average with --model.weights"
             )
 
+        self.started = time.time()
+        self._watch_children()
+
     def before_validate(self) -> None:
+        self._require_weights()
         self._check(["val"])
 
     def before_test(self) -> None:
+        self._require_weights()
         self._check(["test"])
 
     def after_fit(self) -> None:
         if self.trainer.is_global_zero and (best := best_checkpoint(self.trainer)):
-            print(f"best checkpoint: {best}\nnext: {python()} train.py predict --ckpt {best} IMAGE_OR_FOLDER")
+            kind = (
+                "last checkpoint, as no validation took place" if Path(best).name == "last.ckpt" else "best checkpoint"
+            )
+            print(f"{kind}: {best}\nnext: {python()} train.py predict --ckpt {best} IMAGE_OR_FOLDER")
+
+    def _require_weights(self) -> None:
+        p = self.model.hparams
+        if self.checkpoint is None and not p.weights and not p.pretrained:
+            raise UserError(
+                f"{self.subcommand} would measure random weights: give a checkpoint with --ckpt_path, other weights "
+                "with --model.weights, or --model.pretrained true"
+            )
 
     def _check(self, splits: list[str]) -> None:
         self.model.check(self.datamodule, splits)
@@ -215,6 +350,22 @@ class CLI(LightningCLI):
             )
         if rank_zero_only.rank == 0:
             self.datamodule.check(splits)
+
+
+def check_files(arguments: list[str]) -> None:
+    """Refuse configuration files that hold no settings, where the parser names neither the file nor the reason."""
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, equals, value = argument.partition("=")
+        path = Path(value if equals else following)
+        if name not in ("-c", "--config") or not path.is_file():
+            continue
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is not YAML: {one_line(error)}") from error
+        if not isinstance(content, dict):
+            kind = "empty" if content is None else f"a {type(content).__name__}"
+            raise UserError(f"{path} is {kind}, not settings such as `trainer: {{max_epochs: 10}}`")
 
 
 def class_path(task: type) -> str:
@@ -276,25 +427,30 @@ def run(args: list[str] | None = None) -> CLI:
         warnings.filterwarnings("ignore", chatter)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    try:
-        return CLI(args)
-    except (MisconfigurationException, torch.cuda.OutOfMemoryError) as error:
-        raise UserError(one_line(error)) from error
-    except UserError as error:
-        if "Original Traceback" in str(error):  # from a process that loads data
-            raise UserError(str(error).strip().splitlines()[-1].split("UserError: ", 1)[-1]) from None
-        raise
-    except ValueError as error:  # the parser's, around one of ours from a constructor
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None
-        raise
+    with signals_taken():
+        try:
+            return CLI(args)
+        except Exception as error:
+            failure = explained(error)
+            if failure is None:
+                raise
+            raise failure from error
+
+
+def children(trainer: pl.Trainer) -> list[subprocess.Popen]:
+    """The processes that this one started to train together with it."""
+    return getattr(trainer.strategy.launcher, "procs", [])
 
 
 def main(args: list[str] | None = None) -> None:
     """Run one command and end with a one-line error if the user can fix it."""
     try:
         run(args)
+    except LostProcess as error:  # one process of the run speaks for all
+        sys.exit(1 if is_child() else f"error: {error}")
     except UserError as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
+    except Interrupted as stop:
+        if not is_child():
+            print(stop, file=sys.stderr)
+        sys.exit(stop.status if not is_child() else 0)  # any other status of a child has Lightning kill them all

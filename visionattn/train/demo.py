@@ -15,7 +15,7 @@ import torch
 from visionattn.errors import UserError
 from visionattn.train.callbacks import best_checkpoint
 from visionattn.train.cli import python, run
-from visionattn.train.figures import draw_confusion, draw_curves, draw_predictions
+from visionattn.train.figures import draw_predictions
 from visionattn.train.predict import load
 
 CONFIG = importlib.resources.files("visionattn.configs") / "classify" / "van_digits.yaml"
@@ -46,8 +46,6 @@ def demo(out: str = "runs/demo", max_epochs: int | None = None) -> float:
     with torch.inference_mode():
         batch = torch.stack([transform(image) for image in images])
         scores = net.eval()(batch).softmax(-1).numpy()
-    draw_curves(folder / "metrics.csv", folder / "curves.png", "A small VAN on scikit-learn's digits")
-    draw_confusion(targets, scores.argmax(1), names, folder / "confusion.png")
     draw_predictions(images, targets, scores, names, folder / "predictions.png")
     sample = folder / "digit.png"
     images[0].save(sample)

@@ -26,34 +26,38 @@ STYLE = {
 }
 
 
-def draw_curves(metrics: Path, path: Path, title: str) -> None:
-    """Loss and accuracy over the epochs.
+def draw_curves(
+    metrics: Path, path: Path, title: str, metric: str = "val/acc1", label: str = "top-1 accuracy, %"
+) -> None:
+    """Loss and the metric of the validation over the epochs.
 
     Args:
-        metrics: The CSV logger's file.
+        metrics: The CSV logger's file; those of the same run before it was resumed, ``metrics.1.csv`` and so on, count.
         path: Picture to write.
         title: What was trained.
+        metric: Column of the metric.
+        label: Its name and unit.
     """
-    with open(metrics, encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = [row for file in log_files(metrics) for row in csv.DictReader(file.read_text("utf-8").splitlines())]
 
     def series(name: str) -> tuple[list[int], list[float]]:
-        points = [(int(row["epoch"]) + 1, float(row[name])) for row in rows if row.get(name) and row.get("epoch")]
-        return [epoch for epoch, _ in points], [value for _, value in points]
+        # A later log has the last word about an epoch.
+        points = {int(row["epoch"]) + 1: float(row[name]) for row in rows if row.get(name) and row.get("epoch")}
+        return sorted(points), [points[epoch] for epoch in sorted(points)]
 
     with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
         figure.suptitle(title, x=0.01, ha="left")
-        for name, label, color in (("train/loss_epoch", "training", BLUE), ("val/loss", "validation", ORANGE)):
-            left.plot(*series(name), "o-", color=color, label=label, markersize=3)
+        for name, which, color in (("train/loss_epoch", "training", BLUE), ("val/loss", "validation", ORANGE)):
+            left.plot(*series(name), "o-", color=color, label=which, markersize=3)
         left.set(title="Loss", xlabel="epoch", ylim=(0, None))
         left.legend(frameon=False)
-        epochs, accuracy = series("val/acc1")
+        epochs, accuracy = series(metric)
         right.plot(epochs, accuracy, "o-", color=ORANGE, markersize=3)
-        right.set(title="Validation accuracy", xlabel="epoch", ylabel="top-1, %")
+        right.set(title="Validation", xlabel="epoch", ylabel=label)
         if accuracy:
             best = int(np.argmax(accuracy))
-            right.set_ylim(max(0, min(accuracy) - 2), 101)
+            right.set_ylim(max(0, min(accuracy) - 2), min(101, max(accuracy) + 5))
             right.plot(epochs[best], accuracy[best], "o", color=RED, markersize=6)
             right.annotate(
                 f"best {accuracy[best]:.2f} %\nepoch {epochs[best]}",
@@ -66,6 +70,12 @@ def draw_curves(metrics: Path, path: Path, title: str) -> None:
             axis.xaxis.get_major_locator().set_params(integer=True)
         figure.savefig(path)
         plt.close(figure)
+
+
+def log_files(metrics: Path) -> list[Path]:
+    """The log of a run and before it, the oldest first, those that were set aside when the run was resumed."""
+    old = sorted(metrics.parent.glob("metrics.*.csv"), key=lambda path: path.stat().st_mtime)
+    return [path for path in (*old, metrics) if path.exists()]
 
 
 def draw_confusion(targets: np.ndarray, predicted: np.ndarray, names: list[str], path: Path) -> None:
@@ -91,16 +101,22 @@ def draw_confusion(targets: np.ndarray, predicted: np.ndarray, names: list[str],
 
 
 def draw_predictions(
-    images: list[Image.Image], targets: np.ndarray, scores: np.ndarray, names: list[str], path: Path
+    images: list[Image.Image],
+    targets: np.ndarray,
+    scores: np.ndarray,
+    names: list[str],
+    path: Path,
+    counts: tuple[int, int] | None = None,
 ) -> None:
     """A grid of validation images: first the wrong ones, then the least certain, then a sample of the rest.
 
     Args:
-        images: All validation images.
+        images: Validation images, all of them or the worst.
         targets: Their classes. [N]
         scores: Probabilities. [N, classes]
         names: One per class.
         path: Picture to write.
+        counts: How many images there are in all and how many of them are wrong, if not all are given.
     """
     predicted, certainty = scores.argmax(1), scores.max(1)
     order = np.lexsort((certainty, predicted == targets))
@@ -114,16 +130,32 @@ def draw_predictions(
             axis.axis("off")
         for axis, index in zip(axes.flat, chosen, strict=False):
             good = predicted[index] == targets[index]
-            text = f"{names[predicted[index]]}  {100 * certainty[index]:.0f} %"
-            text += "" if good else f"\n(is {names[targets[index]]})"
+            text = f"{short(names[predicted[index]])}  {100 * certainty[index]:.0f} %"
+            text += "" if good else f"\n(is {short(names[targets[index]])})"
             axis.imshow(images[index], cmap="gray")
             axis.set_title(
                 text, fontsize=9, loc="center", color=GREY if good else RED, weight="normal" if good else "bold"
             )
-        wrong = int((predicted != targets).sum())
-        first = f"the {wrong} wrong ones (red), then" if wrong else "all are right;"
-        title = f"{len(chosen)} of {len(targets)} validation images: {first} from the least certain to the most"
-        figure.suptitle(title, x=0.02, ha="left", weight="bold")
+        wrong = predicted != targets
+        total, all_wrong = counts or (len(targets), int(wrong.sum()))
+        shown = int(wrong[chosen].sum())
+        figure.suptitle(heading(len(chosen), total, shown, all_wrong), x=0.02, ha="left", weight="bold")
         figure.tight_layout(rect=(0, 0, 1, 0.99))
         figure.savefig(path)
         plt.close(figure)
+
+
+def heading(chosen: int, total: int, shown: int, wrong: int) -> str:
+    """What a grid of ``chosen`` of ``total`` images shows, ``shown`` of whose ``wrong`` ones are in it."""
+    if not wrong:
+        first = "all are right;"
+    elif shown == wrong:
+        first = f"the {wrong} wrong ones (red), then"
+    else:
+        first = f"{shown} of the {wrong} wrong ones (red), then"
+    return f"{chosen} of {total} validation images: {first} from the least certain to the most"
+
+
+def short(name: str, most: int = 14) -> str:
+    """A class name that fits above its picture."""
+    return name if len(name) <= most else f"{name[: most - 1]}…"

@@ -2,9 +2,11 @@
 
 import concurrent.futures
 import csv
+import itertools
 import json
 import os
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,10 @@ import torch
 from lightning.pytorch.cli import LightningArgumentParser
 from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import visionattn
-from visionattn.errors import UserError, some
+from visionattn.errors import UserError, one_line, some
 from visionattn.train.data import finder
 from visionattn.train.data.pictures import UnreadableImage, open_image
 from visionattn.weights.card import build, check_model_name, complete, read_card
@@ -46,8 +49,9 @@ def predict(
         ckpt: A checkpoint or ``model.safetensors`` that ``train.py`` wrote.
         model: Instead: a timm model, with its published weights.
         topk: Classes to name for each image.
-        output: File to write, ``.json`` or ``.csv``, predictions.json if not given. Segmentation and detection write
-            pictures and a JSON file into a folder instead, predictions if not given.
+        output: File to write, ``.json`` or ``.csv``; predictions.json if not given, or predictions-1.json and so on if
+            that is there. Segmentation and detection write pictures and a JSON file into a folder instead, predictions
+            if not given.
         batch_size: Images at a time, in classification.
         device: ``cpu``, ``cuda``, ...; ``auto`` takes a GPU if there is one.
         threshold: Least score of the objects that detection draws and writes.
@@ -62,12 +66,13 @@ def predict(
     if bool(ckpt) == bool(model):
         raise UserError("say what to predict with: --ckpt FILE, or --model NAME for published weights")
     card = read_card(ckpt) if ckpt else {}
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    device = chosen_device(device)
     if card.get("task"):
         from visionattn.train.dense.predict import predict_dense
 
-        return predict_dense(find_images(images), images, ckpt, card, output or "predictions", device, threshold)
-    output = output or "predictions.json"
+        output = output or free_output("predictions")
+        return predict_dense(find_images(images), images, ckpt, card, output, device, threshold)
+    output = output or free_output("predictions.json")
     if Path(output).suffix not in (".json", ".csv"):
         raise UserError(f"cannot write {output}: choose a name that ends in .json or .csv")
     if topk < 1 or batch_size < 1:
@@ -78,7 +83,7 @@ def predict(
 
     results, bad = [], []
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool, torch.inference_mode():
-        for start in range(0, len(files), batch_size):
+        for start in progress(range(0, len(files), batch_size)):
             names = files[start : start + batch_size]
             tensors = list(pool.map(lambda file: read(file, transform), names))
             bad += [tensor for tensor in tensors if isinstance(tensor, UnreadableImage)]
@@ -95,11 +100,62 @@ def predict(
     if not results:
         raise UserError(f"none of the {len(files)} images can be read: {some(bad)}. Give JPEG, PNG or WebP files")
     print_table(results)
+    if right := accuracy(results, labels):
+        print(right)
     write(results, output)
     if bad:
         print(f"warning: skipped {len(bad)} unreadable images: {some(bad, 10)}", file=sys.stderr)
     print(f"wrote {output}")
     return results
+
+
+def chosen_device(name: str) -> str:
+    """The device to compute on; ``auto`` is a GPU if there is one.
+
+    Raises:
+        UserError: If there is no such device here.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        raise UserError(
+            f"there is no device {name} here ({one_line(error)[:100]}): use --device cpu, or auto"
+        ) from error
+    return name
+
+
+def free_output(name: str) -> str:
+    """The first of predictions.json, predictions-1.json, ... that would overwrite nothing."""
+    path = Path(name)
+    tries = (path.with_stem(f"{path.stem}-{n}") if n else path for n in itertools.count())
+    return str(next(path for path in tries if not path.exists()))
+
+
+def progress(steps: Sequence[Any]) -> Iterable[Any]:
+    """``steps`` with a bar on a screen that can show one, if there is more than one."""
+    return tqdm(steps, leave=False, disable=len(steps) < 2 or not sys.stderr.isatty(), dynamic_ncols=True)
+
+
+def accuracy(results: list[dict[str, Any]], labels: list[str]) -> str:
+    """How many predictions are right if the images lie in folders named after the classes; empty if they do not.
+
+    Args:
+        results: Entries with ``file`` and ``classes``, the likeliest first.
+        labels: The names of the classes.
+    """
+    folders = [Path(result["file"]).absolute().parent.name for result in results]
+    if not set(folders) <= set(labels):
+        return ""
+    guesses = [[c["label"] for c in result["classes"]] for result in results]
+    pairs = list(zip(folders, guesses, strict=True))
+    right, total = sum(folder == guess[0] for folder, guess in pairs), len(pairs)
+    among = sum(folder in guess for folder, guess in pairs)
+    more = (
+        f", {100 * among / total:.2f} % among the first {len(guesses[0])}" if 1 < len(guesses[0]) < len(labels) else ""
+    )
+    return f"{right} of {total} are in the folder of their class: {100 * right / total:.2f} %{more}"
 
 
 def find_images(paths: list[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """What every task shares: the network's start, its optimizer and schedule, and what a checkpoint says about it."""
 
+import math
 from collections import Counter
 from typing import Any
 
@@ -10,12 +11,14 @@ from timm.optim import list_optimizers
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from visionattn.errors import UserError
+from visionattn.errors import UserError, some
 from visionattn.train.data.base import Data
 from visionattn.train.data.sampling import global_seed, seed_random
 from visionattn.train.flops import training_flops
 from visionattn.train.optim import create_optimizer
 from visionattn.weights.card import CARD, settled
+
+ADVICE = "Lower --model.lr, train with --trainer.precision 32, or look at the images and their targets"
 
 
 class Task(pl.LightningModule):
@@ -72,13 +75,33 @@ class Task(pl.LightningModule):
         self.save_hyperparameters()
         if not name:
             raise UserError("no model: give a timm model with --model.name, such as van_b0")
-        if lr <= 0:
+        if not 0 < lr < math.inf:
             raise UserError(f"model.lr is {lr}: it must be greater than 0")
+        self.require(0, "weight_decay")
+        self.require(1, "lr_batch")
+        self.require(0, "layer_decay", most=1)
         if optimizer not in list_optimizers():
             raise UserError(f"unknown optimizer {optimizer!r}: timm.optim.list_optimizers() lists all names")
         if pretrained and weights:
             raise UserError("model.pretrained and model.weights both say where to start: give one of them")
         self.unreadable: Counter[str] = Counter()
+
+    def require(self, least: float, *names: str, most: float = math.inf) -> None:
+        """Refuse settings, where they are given, outside of a range.
+
+        Args:
+            least: Smallest value that makes sense.
+            *names: Of hyperparameters.
+            most: Largest.
+
+        Raises:
+            UserError: With the setting, its value and the range.
+        """
+        for name in names:
+            value = self.hparams[name]
+            if value is not None and not least <= value <= most:
+                allowed = f"at least {least:g}" if most == math.inf else f"between {least:g} and {most:g}"
+                raise UserError(f"model.{name} is {value}: it must be {allowed}")
 
     def check(self, data: Data, splits: list[str]) -> None:
         """Refuse data that this task cannot train on or evaluate; raises ``UserError``."""
@@ -174,4 +197,38 @@ class Task(pl.LightningModule):
         self.log(f"{stage}/unreadable_images", count, sync_dist=True, reduce_fx="sum")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if broken := self.broken():
+            raise UserError(
+                f"the weights are no numbers any more ({some(broken, 1)}) after step {self.global_step}, so they are "
+                f"not saved. {ADVICE}"
+            )
         checkpoint[CARD] = self.card
+
+    # Numbers
+
+    def broken(self) -> list[str]:
+        """The names of the parameters that are no finite numbers, and of the buffers that are no numbers."""
+        parameters = [name for name, p in self.net.named_parameters() if not p.isfinite().all()]
+        return parameters + [name for name, b in self.net.named_buffers() if b.is_floating_point() and b.isnan().any()]
+
+    def require_finite(self, loss: Tensor, batch_idx: int, where: str, parts: dict[str, Tensor] | None = None) -> None:
+        """Stop if the loss of a training step is no number.
+
+        Args:
+            loss: The step's loss.
+            batch_idx: Which batch of the epoch it is of.
+            where: The images at fault, as far as they are known.
+            parts: What the loss consists of.
+
+        Raises:
+            UserError: With the step, the batch and the images.
+        """
+        if torch.isfinite(loss):
+            return
+        values = ", ".join(f"{name} {float(value):g}" for name, value in (parts or {}).items())
+        broken = self.broken()
+        raise UserError(
+            f"the loss is {float(loss)}{f' ({values})' if values else ''} at step {self.global_step}, batch "
+            f"{batch_idx + 1} of epoch {self.current_epoch + 1}, on {where}"
+            f"{f'; the weights are damaged already ({some(broken, 1)})' if broken else ''}. {ADVICE}"
+        )

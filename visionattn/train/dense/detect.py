@@ -45,6 +45,7 @@ class Detection(DenseTask):
     ) -> None:
         super().__init__(**kwargs)
         p = self.hparams
+        self.require(0, "draw_above", most=1)
         if not min_size or min(min_size) < 1 or max_size < max(min_size):
             raise UserError(f"model.min_size is {min_size} and model.max_size {max_size}: sides, the largest last")
         mask_tools()  # for its error, before any work starts
@@ -81,7 +82,7 @@ class Detection(DenseTask):
         self.unreadable["train"] += int(batch.unreadable.sum())
         parts = self.net.losses(self._images(batch.images), batch.targets)
         loss = sum(parts.values())
-        self.require_finite(loss, parts, batch, None)
+        self.require_finite_batch(loss, parts, batch, batch_idx, None)
         self.log_loss(loss, len(batch.images))
         return loss
 

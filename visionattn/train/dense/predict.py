@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as F
+from tqdm import tqdm
 
 from visionattn.errors import UserError, some
 from visionattn.train.data.joint import eval_image
@@ -59,7 +60,8 @@ def predict_dense(
     net.eval().to(device)
     places, results, bad, found = free_places(files, given), [], [], []
     with torch.inference_mode():
-        for file, place in zip(files, places, strict=True):
+        bar = tqdm(files, leave=False, disable=len(files) < 2 or not sys.stderr.isatty(), dynamic_ncols=True)
+        for file, place in zip(bar, places, strict=True):
             try:
                 image = F.pil_to_tensor(open_image(file))
             except UnreadableImage as error:

@@ -51,6 +51,7 @@ class Segmentation(DenseTask):
     ) -> None:
         super().__init__(**kwargs)
         p = self.hparams
+        self.require(0, "aux_weight")
         if window is not None and (window < 1 or not 1 <= (window_stride or 1) <= window):
             raise UserError(f"model.window is {window} and model.window_stride {window_stride}: 1 <= stride <= window")
         if not test_scales or min(test_scales) <= 0:
@@ -93,7 +94,7 @@ class Segmentation(DenseTask):
         if aux_logits is not None:
             parts["aux"] = aux * self._loss(aux_logits, targets)
         loss = sum(parts.values())
-        self.require_finite(loss, parts, batch, ~logits.flatten(1).isfinite().all(1))
+        self.require_finite_batch(loss, parts, batch, batch_idx, ~logits.flatten(1).isfinite().all(1))
         self.log_loss(loss, len(batch.images))
         return loss
 

@@ -45,6 +45,7 @@ class DenseTask(Task):
         **kwargs,
     ) -> None:
         super().__init__(**kwargs)
+        self.require(0, "warmup", "warmup_lr", "min_lr", "power")
         if schedule == "step" and not milestones:
             raise UserError("model.schedule 'step' needs --model.milestones, such as [8, 11]")
 
@@ -78,23 +79,19 @@ class DenseTask(Task):
         epoch = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
         return warmup_step_decay(optimizer, warmup, [round(n * epoch) for n in p.milestones], start)
 
-    def require_finite(self, loss: Tensor, parts: dict[str, Tensor], batch: DenseBatch, bad: Tensor | None) -> None:
+    def require_finite_batch(
+        self, loss: Tensor, parts: dict[str, Tensor], batch: DenseBatch, batch_idx: int, bad: Tensor | None
+    ) -> None:
         """Stop with the names of the images if the loss is no number.
 
         Args:
             loss: The step's loss.
             parts: What it consists of.
             batch: Its images.
+            batch_idx: Which batch of the epoch it is.
             bad: Which of them have outputs that are no numbers, if that is known. [B]
         """
-        if torch.isfinite(loss):
-            return
-        named = batch.indices if bad is None or not bad.any() else batch.indices[bad.cpu()]
-        names = self.trainer.datamodule.image_names(named, training=True)
-        values = ", ".join(f"{name} {float(value):g}" for name, value in parts.items())
-        broken = [name for name, p in self.net.named_parameters() if not p.isfinite().all()]
-        why = f"; the weights are damaged already ({some(broken, 1)}): lower --model.lr" if broken else ""
-        raise UserError(
-            f"the loss is {float(loss)} ({values}) at step {self.global_step}, on {some(names, 16)}{why}. "
-            "Look at these images and their annotations, lower --model.lr, or train with --trainer.precision 32"
-        )
+        if not torch.isfinite(loss):
+            named = batch.indices if bad is None or not bad.any() else batch.indices[bad.cpu()]
+            names = self.trainer.datamodule.image_names(named, training=True)
+            self.require_finite(loss, batch_idx, some(names, 16), parts)
