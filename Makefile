@@ -10,21 +10,25 @@ PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist wo
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
-install: $(VENV)/.installed  ## Make the virtual environment with everything in it
+install: $(VENV)/.dev  ## Make the virtual environment with everything in it
 
-$(VENV)/.installed: pyproject.toml setup.py
+# The file .EXTRA says that this extra is installed; dev has the others in it. Gigabytes are fetched: pip shows how far.
+$(VENV)/.train $(VENV)/.dense $(VENV)/.dev: $(VENV)/.%: $(VENV)/.venv pyproject.toml setup.py
+	$(BIN)/python -m pip install $(if $(LOWEST),--constraint $(VENV)/lowest.txt) --editable '.[$*]'
+	@touch $@ $(if $(filter dev,$*),$(VENV)/.train $(VENV)/.dense)
+
+$(VENV)/.venv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "visionattn needs Python 3.11 or newer, this is %s; name another one: make PYTHON=python3.12" % sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(if $(LOWEST),$(PYTHON) .ci/lowest.py > $(VENV)/lowest.txt)
-	$(BIN)/python -m pip install --quiet $(if $(LOWEST),--constraint $(VENV)/lowest.txt) --editable '.[dev]'
 	@touch $@
 
-demo: install  ## Train a small VAN on handwritten digits, draw what it learned
-	$(BIN)/python -m visionattn.train.demo
+demo: $(VENV)/.train  ## Train a small VAN on handwritten digits, draw what it learned
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m visionattn.train.demo
 
-demo-dense: install  ## Train a small VAN to segment and one to detect digits on photographs, draw what they find
-	$(BIN)/python -m visionattn.train.demo_dense
+demo-dense: $(VENV)/.dense  ## Train a small VAN to segment and one to detect digits on photographs, draw what they find
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m visionattn.train.demo_dense
 
 test: install  ## Run the default test suite
 	$(PYTEST)

@@ -60,6 +60,8 @@ SMALLER = {
     "--trainer.val_check_interval 1 --model.head_args '{width: 16}'",
     "python train.py fit -c configs/detect/": f"{ONE_STEP} {SMALL_NET} --model.min_size [64] --model.max_size 96 "
     "--model.fpn_channels 16 --trainer.max_epochs 1",
+    "python train.py validate -c configs/classify/": "--data.num_workers 0",
+    "python train.py test -c configs/classify/": "--data.num_workers 0",
     "python train.py predict": "",
     "python -m visionattn weights": "",
     "python -m visionattn.benchmark models": f"{ONE_ROUND} --batch 1 --img-size 64 --candidates plain,ours",

@@ -127,3 +127,14 @@ def test_next_commands_name_the_interpreter_that_runs(monkeypatch, tmp_path):
     assert python() == ".venv/bin/python"
     monkeypatch.setattr(sys, "executable", "/usr/bin/python3")
     assert python() == "python"
+
+
+def test_threads_do_not_spin_unless_asked_to(monkeypatch):
+    """OpenMP reads its policy when PyTorch is imported, so the script has to set it before."""
+    code = "import os, runpy, sys; sys.modules['torch'] = None\ntry: runpy.run_path('train.py')\nexcept ImportError: pass\n"
+    command = [sys.executable, "-c", f"{code}print(os.environ['OMP_WAIT_POLICY'])"]
+    for given, used in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
+        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+        if given:
+            monkeypatch.setenv("OMP_WAIT_POLICY", given)
+        assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.split() == [used]
