@@ -233,7 +233,7 @@ class CLI(LightningCLI):
         if not any(isinstance(callback, ProgressBar) for callback in callbacks):
             kwargs["enable_progress_bar"] = wanted
             callbacks.append(RunBar() if wanted else EpochLines())
-        if self.subcommand == "fit":
+        if self.subcommand == "fit" and kwargs.get("enable_checkpointing", True):  # else Lightning takes no checkpoints
             callbacks.append(StopOnSignal())
         kwargs["callbacks"] = callbacks
         for name in ("gradient_clip_val", "max_epochs", "max_steps"):
