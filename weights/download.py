@@ -6,6 +6,7 @@ import hashlib
 import http.client
 import os
 import random
+import re
 import shutil
 import time
 import urllib.error
@@ -13,18 +14,20 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from filelock import FileLock
 from torch.hub import tqdm
 
 from visionattn.errors import amount, one_line
 from visionattn.weights.errors import WeightsError
-from visionattn.weights.files import refuse_page
+from visionattn.weights.files import begins_as_weights, refuse_answer
 from visionattn.weights.options import settings
 
 __all__ = ["fetch", "sha256_of"]
 
 CHUNK = 1 << 20
+LARGEST = 8 * 10**9  # bytes of a file of which nothing is known
 PASSING = {408, 425, 429, 500, 502, 503, 504}  # answers that another attempt may change
 LONGEST_WAIT = 60.0
 
@@ -45,9 +48,21 @@ class Redirects(urllib.request.HTTPRedirectHandler):
     """Follows redirects, except away from an encrypted connection."""
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):
+        if not newurl.lower().startswith(("http:", "https:")):
+            raise WeightsError(f"{req.full_url} redirects to {newurl}, which is neither http nor https: refused")
         if req.full_url.startswith("https:") and not newurl.startswith("https:"):
             raise WeightsError(f"{req.full_url} redirects to {newurl}, which is not encrypted: refused")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+class Wanted(NamedTuple):
+    """What is known of a file before it arrives; see ``fetch``."""
+
+    name: str
+    sha256: str | None
+    size: int | None
+    check: Callable[[Path], object] | None
+    limit: int
 
 
 def sha256_of(path: str | Path) -> str:
@@ -56,7 +71,14 @@ def sha256_of(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def fetch(urls: str | Sequence[str], target: str | Path, sha256: str | None = None, size: int | None = None) -> Path:
+def fetch(
+    urls: str | Sequence[str],
+    target: str | Path,
+    sha256: str | None = None,
+    size: int | None = None,
+    check: Callable[[Path], object] | None = None,
+    limit: int = LARGEST,
+) -> Path:
     """Download a file unless it is there, in full or not at all.
 
     A partial download is kept beside the target and continued by the next call. Processes that want the same file
@@ -67,6 +89,8 @@ def fetch(urls: str | Sequence[str], target: str | Path, sha256: str | None = No
         target: Where the file goes.
         sha256: Its expected hash, or the first digits of it.
         size: Its expected length in bytes.
+        check: Looks at what has arrived before it gets its name, and raises ``WeightsError`` if it is of no use.
+        limit: Bytes at which a file whose length is not known is given up.
 
     Returns:
         ``target``.
@@ -81,7 +105,8 @@ def fetch(urls: str | Sequence[str], target: str | Path, sha256: str | None = No
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(target.with_name(f".{target.name}.lock")):
             if not target.exists():  # another process may have brought it meanwhile
-                _fetch([urls] if isinstance(urls, str) else list(urls), target, sha256, size)
+                wanted = Wanted(target.name, sha256, size, check, limit)
+                _fetch([urls] if isinstance(urls, str) else list(urls), target, wanted)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         fix = "free some space and repeat the command, which goes on where it stopped" if full else "check the folder"
@@ -89,20 +114,20 @@ def fetch(urls: str | Sequence[str], target: str | Path, sha256: str | None = No
     return target
 
 
-def _fetch(urls: list[str], target: Path, sha256: str | None, size: int | None) -> None:
+def _fetch(urls: list[str], target: Path, wanted: Wanted) -> None:
     absent = []
     for url in urls:
         # Another place may have another file of this name: each has its own partial one.
         part = target.with_name(f".{target.name}.{hashlib.sha256(url.encode()).hexdigest()[:8]}.part")
         try:
-            resumed = _transfer(url, part, sha256, size, target.name)
+            resumed = _transfer(url, part, wanted)
             try:
-                _check(url, part, sha256, size)
+                _check(url, part, wanted)
             except WeightsError:
                 if not resumed:
                     raise
-                _transfer(url, part, sha256, size, target.name)  # what an earlier call had left may have been stale
-                _check(url, part, sha256, size)
+                _transfer(url, part, wanted)  # what an earlier call had left may have been stale
+                _check(url, part, wanted)
         except NotThere as error:
             absent.append(str(error))
             continue
@@ -112,22 +137,31 @@ def _fetch(urls: list[str], target: Path, sha256: str | None, size: int | None) 
     raise WeightsError("; ".join(absent))
 
 
-def _check(url: str, part: Path, sha256: str | None, size: int | None) -> None:
+def _check(url: str, part: Path, wanted: Wanted) -> None:
     """Remove and refuse a complete download that is not the expected file."""
+    sha256, size = wanted.sha256, wanted.size
     try:
-        refuse_page(part, url)
+        refuse_answer(part, url)
         if size is not None and part.stat().st_size != size:
             raise WeightsError(f"{url} has {part.stat().st_size} bytes instead of {size}: it is not the published file")
         if sha256 is not None and not (digest := sha256_of(part)).startswith(sha256.lower()):
             raise WeightsError(f"{url} has SHA-256 {digest} instead of {sha256}: it is not the published file")
+        own = url.startswith("file:") and not begins_as_weights(part)  # the user's folder, with a form of its own
+        if wanted.check is not None and not own:
+            try:
+                wanted.check(part)
+            except WeightsError as error:
+                raise WeightsError(
+                    f"{url} gives no weights: {str(error).replace(str(part), 'what it sends')}"
+                ) from error
     except WeightsError:
         _discard(part)
         raise
 
 
-def _transfer(url: str, part: Path, sha256: str | None, size: int | None, name: str) -> bool:
+def _transfer(url: str, part: Path, wanted: Wanted) -> bool:
     """Bring ``url`` into ``part``, attempt after attempt; True if the start of it was there before."""
-    if part.exists() and sha256 is None and not _validator(part).exists():
+    if part.exists() and wanted.sha256 is None and not _validator(part).exists():
         _discard(part)  # nothing would tell whether the rest belongs to the same file
     resumed, failures = part.exists(), 0
     with contextlib.ExitStack() as stack:
@@ -137,13 +171,13 @@ def _transfer(url: str, part: Path, sha256: str | None, size: int | None, name: 
             nonlocal bar
             if bar is None:
                 off = None if settings.progress else True  # None: on terminals only
-                bar = stack.enter_context(tqdm(total=total, desc=name, unit="B", unit_scale=True, disable=off))
+                bar = stack.enter_context(tqdm(total=total, desc=wanted.name, unit="B", unit_scale=True, disable=off))
             bar.update(done - bar.n)
 
         while True:
             before = part.stat().st_size if part.exists() else 0
             try:
-                _attempt(url, part, size, progress)
+                _attempt(url, part, wanted, progress)
                 return resumed
             except (Interrupted, OSError, http.client.HTTPException) as error:
                 if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):
@@ -155,26 +189,39 @@ def _transfer(url: str, part: Path, sha256: str | None, size: int | None, name: 
                         f"{url} cannot be downloaded: {one_line(error)}, after {failures} attempts; repeat the command "
                         "to go on where it stopped"
                     ) from error
+                if wanted.sha256 is None and not _validator(part).exists():
+                    _discard(part)  # the next answer may be of another file
                 wait = settings.backoff * 2 ** (failures - 1) * random.uniform(0.5, 1.0)
                 time.sleep(min(LONGEST_WAIT, max(wait, getattr(error, "wait", None) or 0.0)))
 
 
-def _attempt(url: str, part: Path, size: int | None, progress: Callable[[int, int | None], None]) -> None:
+def _attempt(url: str, part: Path, wanted: Wanted, progress: Callable[[int, int | None], None]) -> None:
     """One connection: append to ``part`` what it lacks."""
     start = part.stat().st_size if part.exists() else 0
     with _open(url, start, part) as response:
-        length = response.headers.get("Content-Length")
-        if start and getattr(response, "status", 206) != 206:
-            start = 0  # the server sends the whole file, perhaps because it has changed
-        total = start + int(length) if length is not None else None
-        if size is not None and total is not None and total != size:
+        headers, status = response.headers, getattr(response, "status", None) or 200
+        if headers.get("Content-Encoding", "identity").lower() != "identity":
+            raise WeightsError(f"{url} is sent as {headers['Content-Encoding'][:40]}, which was not asked for: refused")
+        length = _length(url, headers.get("Content-Length"))
+        version = headers.get("ETag") or headers.get("Last-Modified")
+        version = version if version and version.isascii() and version.isprintable() else None
+        total = None
+        if status == 206:
+            total = _resumed_total(url, headers.get("Content-Range"), start, length, version, part, wanted)
+        else:  # the server sends the whole file, perhaps because it has changed
+            start, total = 0, length
+        if wanted.size is not None and total is not None and total != wanted.size:
             _discard(part)
-            raise WeightsError(f"{url} has {total} bytes instead of {size}: it is not the published file")
+            raise WeightsError(f"{url} has {total} bytes instead of {wanted.size}: it is not the published file")
+        most = wanted.limit if wanted.size is None else wanted.size
+        if total is not None and total > most:
+            _discard(part)
+            raise WeightsError(f"{url} claims {amount(total)}, more than {amount(most)}: these are not the weights")
         free = shutil.disk_usage(part.parent).free
         if total is not None and total - start > free:
             raise OSError(errno.ENOSPC, f"needs {amount(total - start)}, {part.parent} has {amount(free)} free")
-        if response.headers.get("ETag") or response.headers.get("Last-Modified"):
-            _validator(part).write_text(response.headers.get("ETag") or response.headers["Last-Modified"])
+        if version:
+            _validator(part).write_text(version, encoding="ascii")
         else:
             _validator(part).unlink(missing_ok=True)
         done = start
@@ -186,8 +233,37 @@ def _attempt(url: str, part: Path, size: int | None, progress: Callable[[int, in
                 file.write(chunk)
                 done += len(chunk)
                 progress(done, total)
+                if done > (most if total is None else total):
+                    break
+        if done > (most if total is None else total):
+            _discard(part)
+            raise WeightsError(f"{url} does not end after {amount(done)}: these are not the weights")
         if total is not None and done != total:
             raise Interrupted(f"the connection ended after {done} of {total} bytes")
+
+
+def _length(url: str, text: str | None) -> int | None:
+    """The length that a header claims."""
+    if text is not None and not re.fullmatch(r"[0-9]{1,18}", text.strip()):
+        raise WeightsError(f"{url} answers with a length of {text[:40]!r}: try another place, or a mirror")
+    return None if text is None else int(text)
+
+
+def _resumed_total(
+    url: str, text: str | None, start: int, length: int | None, version: str | None, part: Path, wanted: Wanted
+) -> int:
+    """The length of the whole file, if an answer is the rest of the very file that ``part`` is the start of."""
+    match = re.fullmatch(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)", (text or "").strip())
+    first, last, total = (int(group) if group != "*" else None for group in match.groups()) if match else (None,) * 3
+    fits = match is not None and first == start > 0 and (length is None or length == last - first + 1)
+    if not fits or (total is not None and total != last + 1):
+        _discard(part)
+        raise Interrupted(f"the server continues with {(text or 'what it does not say')[:60]!r} instead of {start}")
+    kept = _validator(part).read_text(encoding="ascii") if _validator(part).exists() else None
+    if wanted.sha256 is None and (version is None or version != kept):
+        _discard(part)
+        raise Interrupted("the file has changed meanwhile")
+    return last + 1
 
 
 def _open(url: str, start: int, part: Path):
@@ -206,7 +282,9 @@ def _open(url: str, start: int, part: Path):
     headers = {"User-Agent": "visionattn", "Accept-Encoding": "identity"}
     if start:
         headers["Range"] = f"bytes={start}-"
-        if _validator(part).exists() and not (validator := _validator(part).read_text()).startswith("W/"):
+        if _validator(part).exists() and not (validator := _validator(part).read_text(encoding="ascii")).startswith(
+            "W/"
+        ):
             headers["If-Range"] = validator
     try:
         opener = urllib.request.build_opener(Redirects)
@@ -217,9 +295,11 @@ def _open(url: str, start: int, part: Path):
             raise Interrupted("the server refused to continue") from error
         if error.code in PASSING:
             wait = error.headers.get("Retry-After", "")
-            wait = float(wait) if wait.isdigit() else None
+            wait = float(wait) if re.fullmatch(r"[0-9]{1,6}", wait) else None
             raise Interrupted(f"the server answers {error.code} {error.reason}", wait) from error
-        raise NotThere(f"{url} answers {error.code} {error.reason}") from error
+        raise NotThere(f"{url} answers {error.code} {one_line(error.reason)[:80]}") from error
+    except ValueError as error:  # an address that is none, of the user or in a redirect
+        raise WeightsError(f"{url} leads nowhere: {one_line(error)[:200]}") from error
 
 
 def _discard(part: Path) -> None:

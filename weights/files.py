@@ -5,10 +5,10 @@ import struct
 import zipfile
 from pathlib import Path
 
-from visionattn.errors import amount
+from visionattn.errors import amount, one_line
 from visionattn.weights.errors import WeightsError
 
-__all__ = ["kind_of", "refuse_page"]
+__all__ = ["begins_as_weights", "kind_of", "refuse_answer"]
 
 LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # what torch.save wrote before 1.6 begins with
 LARGEST_HEADER = 16_000_000  # of a safetensors file; 100,000 tensors need as much
@@ -34,11 +34,23 @@ def page(head: bytes) -> bool:
     return text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml", b"<script", b"<!--"))
 
 
-def refuse_page(path: Path, origin: str) -> None:
-    """Raise if ``path``, fetched from ``origin``, is a web page, as cloud links give to programs."""
+def refuse_answer(path: Path, origin: str) -> None:
+    """Raise if ``path``, fetched from ``origin``, is what servers say instead of sending a file."""
     with open(path, "rb") as file:
-        if page(file.read(1024)):
-            raise WeightsError(f"{origin} gives a web page, not a file: open it in a browser and save the file there")
+        head = file.read(1024)
+    if not head:
+        raise WeightsError(f"{origin} gives an empty file: try again later, or another place")
+    if page(head):
+        raise WeightsError(f"{origin} gives a web page, not a file: open it in a browser and save the file there")
+    if head.lstrip()[:1] in (b"{", b"["):
+        raise WeightsError(f"{origin} gives JSON text, which is how servers report errors: {one_line(head[:80])}")
+
+
+def begins_as_weights(path: Path) -> bool:
+    """Whether a file begins as those do that hold weights, however it goes on."""
+    with open(path, "rb") as file:
+        head = file.read(16)
+    return head.startswith((b"PK", LEGACY[:2])) or head[8:9] == b"{"
 
 
 def kind_of(path: str | Path) -> str:

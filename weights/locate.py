@@ -1,5 +1,6 @@
 """From a model's name to a file on this machine."""
 
+import re
 import urllib.parse
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,12 @@ from typing import Any
 import huggingface_hub
 
 from visionattn.errors import amount
-from visionattn.weights.download import fetch
+from visionattn.weights.download import LARGEST, fetch
 from visionattn.weights.errors import WeightsError
 from visionattn.weights.manifest import checkpoints, link
 from visionattn.weights.options import settings
+from visionattn.weights.read import read_weights
+from visionattn.weights.seen import check_seen
 
 __all__ = ["added_file", "cache_name", "locate", "weights_file"]
 
@@ -20,7 +23,20 @@ HUB = "https://huggingface.co/"
 
 def added_file(name: str) -> Path:
     """Where ``visionattn weights add`` puts the weights of ``name``, ``arch.tag``."""
-    return settings.folder() / "visionattn" / f"{name}.safetensors"
+    return inside(settings.folder() / "visionattn", f"{name}.safetensors")
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The file ``name`` in ``folder``, and nowhere else.
+
+    Raises:
+        WeightsError: If ``name`` is no plain file name.
+    """
+    if not re.fullmatch(r"[^/\\\x00-\x1f]{1,200}", name) or name.startswith("."):
+        raise WeightsError(
+            f"{name[:80]!r} is no name of a file in {folder}: names and tags have no / and no leading dot"
+        )
+    return folder / name
 
 
 def cache_name(url: str, name: str) -> str:
@@ -71,12 +87,13 @@ def locate(name: str, row: dict[str, Any], cache_dir: str | Path | None = None, 
         raise WeightsError(f"no weights of {name} are published: build it with pretrained=False, or train it")
     published = next((r for r in checkpoints().values() if first_url(r) == url), {})
     given = row["url"][1] if isinstance(row["url"], (list, tuple)) else None
-    target = Path(cache_dir or settings.folder()) / (given or cache_name(url, name))
+    target = inside(Path(cache_dir or settings.folder()), given or cache_name(url, name))
     sha256, size = published.get("sha256") or digits_in(target.name), published.get("size")
     if target.exists():
         if size is not None and target.stat().st_size != size:
             found = amount(target.stat().st_size)
             raise WeightsError(f"{target} has {found} instead of {amount(size)}: remove it to download it again")
+        check_seen(target)
         return target
     if cached := in_hub_cache(url):
         return cached
@@ -86,12 +103,18 @@ def locate(name: str, row: dict[str, Any], cache_dir: str | Path | None = None, 
     endpoint = huggingface_hub.constants.ENDPOINT.rstrip("/") + "/"
     places.append(endpoint + url.removeprefix(HUB) if url.startswith(HUB) else url)
     try:
-        return fetch(places, target, sha256, size)
+        readable = read_weights if published.get("model", True) else None
+        return fetch(places, target, sha256, size, readable, sane_size(published))
     except WeightsError as error:
         known = {**published, **row}
         if not published or (settings.is_offline() and link(known) != "browser"):
             raise
         raise WeightsError(f"{error}. To get it by hand, {by_hand(name, known)}") from error
+
+
+def sane_size(row: dict[str, Any]) -> int:
+    """Bytes that a checkpoint has at most: four numbers a parameter, with its average and the optimizer's two."""
+    return int(row["params_m"] * 1e6 * 16) + (1 << 28) if row.get("model") and "params_m" in row else LARGEST
 
 
 def weights_file(name: str, download: bool = True) -> Path | None:

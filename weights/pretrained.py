@@ -8,15 +8,17 @@ from typing import Any
 from timm.models import get_pretrained_cfg, resolve_pretrained_cfg
 from torch import Tensor, nn
 
-from visionattn.errors import some
+from visionattn.errors import one_line, some
 from visionattn.weights.card import parameters, read_metadata
 from visionattn.weights.errors import WeightsError
 from visionattn.weights.families import Filter, release_filter
 from visionattn.weights.load import classifiers
 from visionattn.weights.locate import added_file, locate
 from visionattn.weights.manifest import checkpoints
+from visionattn.weights.options import settings
 from visionattn.weights.plain import check_sizes, plain
 from visionattn.weights.read import read_weights
+from visionattn.weights.seen import note_seen
 
 __all__ = ["with_weights"]
 
@@ -61,14 +63,31 @@ def with_weights(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> tupl
     row = {key: value for key, value in dataclasses.asdict(resolved).items() if value is not None}
     path = locate(name, published(name) | row, kwargs.get("cache_dir"))
 
+    fetched = not row.get("file") and path.parent == Path(kwargs.get("cache_dir") or settings.folder())
+
     def read_and_rename(note: dict, model: nn.Module) -> dict[str, Tensor]:
         model.pretrained_cfg.pop("state_dict", None)  # the note; the cfg stays as it was
-        state = read_weights(path)
-        state = state if rename is None else rename(state, model)
-        report(name, path, state, model)
+        try:
+            state = renamed(path, rename, model)
+            report(name, path, state, model)
+        except WeightsError as error:
+            if not fetched:
+                raise
+            raise WeightsError(f"{error}. If the file itself is wrong, remove {path} to download it again") from error
+        if fetched:
+            note_seen(path)
         return state
 
     return read_and_rename, kwargs | {"pretrained_cfg_overlay": overlay | {"state_dict": {"file": str(path)}}}
+
+
+def renamed(path: Path, rename: Filter | None, model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of ``path`` under our names."""
+    state = read_weights(path)
+    try:
+        return state if rename is None else rename(state, model)
+    except (KeyError, IndexError, ValueError, RuntimeError) as error:  # rules meet names and shapes of another model
+        raise WeightsError(f"{path} is not of this model: {one_line(error)}") from error
 
 
 def refuse_greed(variant: str, kwargs: dict[str, Any]) -> None:
@@ -111,6 +130,15 @@ def report(name: str, path: Path, state: dict[str, Tensor], model: nn.Module) ->
     parts = ("stem.", *(f"{info['module']}." for info in model.feature_info))
     trunk = [key for key in own if key.startswith(parts) and not key.endswith("num_batches_tracked")]
     missing = [key for key in trunk if key not in state]
+    first = cfg.get("first_conv") or ()  # which timm adapts to other channels
+    first = tuple(f"{name}." for name in ((first,) if isinstance(first, str) else first))
+    wrong = [k for k in trunk if k in state and state[k].shape != own[k].shape and not k.startswith(first)]
+    if wrong and not missing:
+        described = some(f"{key}: {list(state[key].shape)}, here {list(own[key].shape)}" for key in wrong)
+        raise WeightsError(
+            f"{path} does not fit {name}: {len(wrong)} of another shape ({described}). Build the model with the "
+            "arguments it was trained with, or give the file of this model"
+        )
     if missing:
         foreign = [key for key in state if key not in own and not key.startswith(classifiers(cfg))]
         instead = f", of which the model has no {some(foreign)}" if foreign else ""

@@ -42,6 +42,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection = True
         if trick == "status":
             return self.answer(value[0], b"no", **(value[1] if len(value) > 1 else {}))
+        if trick == "raw":  # a first line, headers and a body (or parts of an endless one) of the test's own
+            self.wfile.write(b"HTTP/1.1 " + value[0] + b"\r\n" + value[1] + b"\r\n")
+            for part in (value[2],) if isinstance(value[2], bytes) else value[2]:
+                try:
+                    self.wfile.write(part)
+                except OSError:
+                    return None
+            return None
         if trick == "redirect":
             return self.answer(302, Location=value[0])
         if path not in site.files:
