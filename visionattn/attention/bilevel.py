@@ -215,10 +215,11 @@ class BiLevelRoutingAttention(nn.Module):
         """Regions to attend to and, for soft routing, the factors of their keys and values. [B, R, K]"""
         if not self.diff_routing:
             q, k = q.detach(), k.detach()
+        given = q.dtype  # of the projection, hence of the router
         q, k = region_means(q, grid), region_means(k, grid)
         if self.param_routing:
             dtype = q.dtype
-            q, k = q.to(self.qkv.weight.dtype), k.to(self.qkv.weight.dtype)
+            q, k = q.to(given), k.to(given)
             q, k = self.router(q).to(dtype), self.router(k).to(dtype)
         scores, routes = route_regions(q, k, min(self.topk, grid[0] * grid[2]))
         weights: Tensor | None = None

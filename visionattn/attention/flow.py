@@ -54,7 +54,7 @@ class FlowAttention(SelfAttention):
 
     @torch.jit.unused
     def _sliced(self, x: Tensor) -> Tensor:
-        return in_slices(self._mix, x, self.qkv.out_features, self.qkv.in_features)
+        return in_slices(self._mix, x, 3 * x.shape[-1], x.shape[-1])
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():

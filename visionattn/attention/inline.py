@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from visionattn.attention.mixer import LinearMixer
 from visionattn.kernels import exporting
 from visionattn.layers.blocks import DepthwiseConv
+from visionattn.layers.intact import intact
+from visionattn.layers.norms import check_foldable
 
 __all__ = ["InLineAttention"]
 
@@ -45,6 +47,11 @@ class InLineAttention(LinearMixer):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, H: int, W: int, context: Tensor) -> Tensor:
         filters = self.residual(context.mean(1)[:, :, None]).reshape(q.shape[0], q.shape[2], 1, 3, 3)  # B C 1 3 3
         bias: Tensor | None = None
+        if not torch.jit.is_scripting():
+            if self.get_v is not None and not intact(self.get_v, DepthwiseConv):
+                maps = self.map(v, H, W)
+                local = self._convolve(maps, filters.to(v.dtype), None) + self.get_v(maps)
+                return self.mix(q, k, v, local, "identity", "inline")
         if self.get_v is not None:
             filters, bias = filters + self.get_v.weight, self.get_v.bias
         local = self._convolve(self.map(v, H, W), filters.to(v.dtype), bias)
@@ -71,6 +78,7 @@ class InLineAttention(LinearMixer):
 
     @torch.no_grad()
     def fold_input(self, scale: Tensor, shift: Tensor) -> None:
+        check_foldable(self.qkv, *([] if self.stream else [self.residual[0]]))
         super().fold_input(scale, shift)
         if not self.stream:  # the filters are made from the input, too
             first = self.residual[0]

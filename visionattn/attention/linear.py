@@ -71,7 +71,7 @@ class MapAttention(nn.Module):
 
     @torch.jit.unused
     def _sliced(self, x: Tensor) -> Tensor:
-        return in_slices(self._mixed, x, self.qkv.out_features, self.dim)
+        return in_slices(self._mixed, x, (4 if self.gate else 3) * self.dim, self.dim)
 
     def _mixed(self, x: Tensor) -> Tensor:
         B, H, W, C = x.shape

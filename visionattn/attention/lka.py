@@ -5,6 +5,7 @@ from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
 from visionattn.kernels import depthwise_conv2d, gated_pointwise
+from visionattn.layers.intact import intact, same_size_depthwise
 from visionattn.layers.switches import built_for_export
 
 __all__ = ["LargeKernelAttention"]
@@ -40,6 +41,14 @@ class LargeKernelAttention(nn.Module):
 
     @torch.jit.unused
     def _fused(self, u: Tensor) -> Tensor:
-        a = depthwise_conv2d(u, self.conv0.weight, self.conv0.bias)
-        a = depthwise_conv2d(a, self.conv_spatial.weight, self.conv_spatial.bias, dilation=3)
-        return gated_pointwise(a, self.conv1.weight, self.conv1.bias, u)
+        a = _convolved(_convolved(u, self.conv0), self.conv_spatial)
+        conv = self.conv1
+        if intact(conv, nn.Conv2d) and conv.kernel_size == (1, 1) and conv.groups == 1:
+            return gated_pointwise(a, conv.weight, conv.bias, u)
+        return u * conv(a)
+
+
+def _convolved(x: Tensor, conv: nn.Module) -> Tensor:
+    if same_size_depthwise(conv):
+        return depthwise_conv2d(x, conv.weight, conv.bias, dilation=conv.dilation[0])
+    return conv(x)

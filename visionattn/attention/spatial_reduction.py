@@ -1,6 +1,7 @@
 """Attention of PVT to a map reduced by a strided convolution. B batch, H rows, W columns, C channels."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +9,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from visionattn.layers.blocks import Linear
-from visionattn.layers.norms import fold_before, folded
+from visionattn.layers.norms import check_foldable, fold_before, fold_into
 
 __all__ = ["SpatialReductionAttention"]
 
@@ -72,12 +73,8 @@ class SpatialReductionAttention(nn.Module):
     @torch.no_grad()
     def fold_input(self, scale: Tensor, shift: Tensor) -> None:
         """Take over an affine map of the input, ``x * scale + shift`` per channel, and that of the inner norm."""
+        source = self.kv if self.sr_ratio == 1 else self.sr
+        check_foldable(self.q, source)
         fold_before(self.q, scale, shift)
-        if self.sr_ratio == 1:
-            fold_before(self.kv, scale, shift)
-            return
-        fold_before(self.sr, scale, shift)
-        affine = folded(self.norm)
-        if affine is not None:
-            fold_before(self.kv, *affine)
-            self.norm = nn.Identity()
+        fold_before(source, scale, shift)
+        self.norm = fold_into(self.norm, partial(fold_before, self.kv))

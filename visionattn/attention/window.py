@@ -7,6 +7,9 @@ from torch import Tensor, nn
 from visionattn.attention.mixer import Mixer, unknown_size
 from visionattn.kernels import window_attention, window_attention_export
 from visionattn.kernels.window import MASKED
+from visionattn.layers.blocks import Linear, crop, pad_to_multiple
+from visionattn.layers.intact import intact
+from visionattn.layers.norms import check_foldable
 from visionattn.layers.switches import built_for_export
 
 __all__ = ["WindowAttention"]
@@ -65,9 +68,15 @@ class WindowAttention(Mixer):
     def forward(self, x: Tensor, size: tuple[int, int] | None = None, stream: Tensor | None = None) -> Tensor:
         H, W = x.shape[1], x.shape[2]
         h, D = self.num_heads, self.head_dim
+        bias = self.padding
+        if bias is None:
+            if torch.jit.is_scripting():
+                x = pad_to_multiple(x, self.window_size)
+            elif intact(self.qkv, Linear):
+                bias = self.qkv.bias  # zeros in front of the projection are its bias behind it
+            else:
+                x = pad_to_multiple(x, self.window_size)
         qkv = self.qkv(x).unflatten(-1, [3, h, D])
-        # Zeros in front of the projection are its bias behind it.
-        bias = self.padding if self.padding is not None else self.qkv.bias
         padding = None if bias is None else bias.view(3, h, D)
         window = [self.window_size, self.window_size]
         if torch.jit.is_scripting():
@@ -77,7 +86,7 @@ class WindowAttention(Mixer):
             y = window_attention_export(qkv, window, shifts, table, padding, self.masked, scale)
         else:
             y = self._fused(qkv, H, W, window, padding)
-        return self.proj_drop(self.proj(y.flatten(3)))
+        return self.proj_drop(self.proj(crop(y.flatten(3), H, W)))
 
     @torch.jit.unused
     def _fused(self, qkv: Tensor, H: int, W: int, window: list[int], padding: Tensor | None) -> Tensor:
@@ -107,6 +116,7 @@ class WindowAttention(Mixer):
 
     @torch.no_grad()
     def fold_input(self, scale: Tensor, shift: Tensor) -> None:
+        check_foldable(self.qkv)
         if self.qkv.bias is not None:
             self.padding = self.qkv.bias.clone() if self.padding is None else self.padding
         else:

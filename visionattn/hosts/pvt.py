@@ -47,6 +47,7 @@ class ConvMlp(nn.Module):
     def __init__(self, dim: int, hidden: int, drop: float = 0.0, device=None, dtype=None) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
+        self.hidden = hidden
         self.fc1 = Linear(dim, hidden, **dd)
         self.dwconv = DepthwiseConv(hidden, 3, **dd)
         self.act = nn.GELU()
@@ -64,7 +65,7 @@ class ConvMlp(nn.Module):
 
     @torch.jit.unused
     def _sliced(self, x: Tensor) -> Tensor:
-        return in_slices(self._mlp, x, self.fc1.out_features, self.fc1.in_features)
+        return in_slices(self._mlp, x, self.hidden, x.shape[-1])
 
 
 class PVT(Host, Pyramid):

@@ -4,6 +4,7 @@ Paper: "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows"
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from visionattn.attention.mixer import MixerLike
 from visionattn.frames.backbone import Pyramid, Stage
 from visionattn.hosts.parts import Block, Factory, Host, MixerArgs, StridedConv, mixers, norm_factory
 from visionattn.layers.blocks import Linear, Mlp
-from visionattn.layers.norms import fold_before, folded
+from visionattn.layers.norms import fold_before, fold_into
 
 __all__ = ["PatchMerging", "Swin"]
 
@@ -56,10 +57,7 @@ class PatchMerging(nn.Module):
     @torch.jit.ignore
     def reparameterize(self) -> None:
         """Fold a norm that is affine in evaluation into the linear map, which gets a bias."""
-        affine = folded(self.norm)
-        if affine is not None:
-            fold_before(self.reduction, *affine)
-            self.norm = nn.Identity()
+        self.norm = fold_into(self.norm, partial(fold_before, self.reduction))
 
 
 class Swin(Host, Pyramid):
