@@ -15,7 +15,6 @@ from timm.layers import (
     BatchNormAct2d,
     ClassifierHead,
     calculate_drop_path_rates,
-    register_notrace_module,
     trunc_normal_,
 )
 from timm.models import generate_default_cfgs, register_model
@@ -25,6 +24,7 @@ from visionattn.attention import MagnitudeAwareAttention, RankAugmentedAttention
 from visionattn.frames.backbone import Pyramid, Stage, build_backbone
 from visionattn.kernels import autocasting, channels_last
 from visionattn.layers.blocks import Linear, ScaledResidual, in_slices
+from visionattn.layers.tracing import opaque
 from visionattn.weights import pretrained_cfgs
 from visionattn.weights.families import declare_filter
 from visionattn.weights.rename import rename_checkpoint
@@ -34,7 +34,7 @@ __all__ = ["RAVLT"]
 MIXERS = {"rala": RankAugmentedAttention, "mala": MagnitudeAwareAttention, "softmax": RotaryAttention}
 
 
-@register_notrace_module  # which form runs depends on the tensor
+@opaque  # which form runs depends on the tensor
 class DepthwiseResidual(nn.Conv2d):
     """``x + dwconv(x)`` with a depthwise 3x3 on [B, H, W, dim]."""
 

@@ -4,19 +4,20 @@ import math
 
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_module, trunc_normal_
+from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from visionattn.attention.mixer import Mixer
 from visionattn.kernels import agent_attention
 from visionattn.layers.blocks import DepthwiseConv, resize_table
+from visionattn.layers.tracing import opaque
 
 __all__ = ["AgentAttention"]
 
 TABLE = 7  # side of the coarse bias tables
 
 
-@register_notrace_module  # whether tables are resized depends on the size of the map
+@opaque  # whether tables are resized depends on the size of the map
 class AgentAttention(Mixer):
     """``softmax(s q a^T + B2) softmax(s a k^T + B1) v + dwc(v)`` with agents a pooled from q (arXiv 2312.08874).
 

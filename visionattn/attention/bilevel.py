@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from visionattn.kernels import bilevel_routing_attention, crop_map, exporting, pad_map
@@ -19,6 +18,7 @@ from visionattn.kernels.bilevel import (
 )
 from visionattn.layers.blocks import DepthwiseConv, Linear
 from visionattn.layers.switches import built_for_export
+from visionattn.layers.tracing import opaque
 
 __all__ = ["BiLevelRoutingAttention", "LePEAttention"]
 
@@ -27,7 +27,7 @@ DOWNSAMPLE_MODES = ("identity", "avgpool", "maxpool", "ada_avgpool", "ada_maxpoo
 PROJECTIONS = ("qkvo", "qkv")
 
 
-@register_notrace_module  # which path runs depends on the size of the map
+@opaque  # which path runs depends on the size of the map
 class BiLevelRoutingAttention(nn.Module):
     """``wo(softmax(scale * q k^T) v + lepe(v))`` over the tokens of the ``topk`` regions whose mean keys have the
     largest products with a region's mean query (BiFormer, arXiv 2303.08810); ``lepe`` is a depthwise convolution.

@@ -1,18 +1,18 @@
 """Flow attention: sources compete, sinks allocate, no softmax over pairs. B batch, L N queries, S keys, h heads."""
 
 import torch
-from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from visionattn.attention.softmax import SelfAttention
 from visionattn.kernels import flow_attention
 from visionattn.kernels.flow import flow_attention_torch
 from visionattn.layers.blocks import Linear, in_slices
+from visionattn.layers.tracing import opaque
 
 __all__ = ["CrossFlowAttention", "FlowAttention"]
 
 
-@register_notrace_module  # how it runs depends on the tensor it gets
+@opaque  # how it runs depends on the tensor it gets
 class FlowAttention(SelfAttention):
     """``proj(flow_attention(q, k, v))`` of every position with all others (Flowformer, arXiv 2202.06258).
 
@@ -63,7 +63,7 @@ class FlowAttention(SelfAttention):
             return flow_attention(q, k, v, self.causal, self.eps, self.flow_eps)
 
 
-@register_notrace_module
+@opaque
 class CrossFlowAttention(nn.Module):
     """``out_projection(flow_attention(q(x), k(source), v(source)))``, the authors' general layer (arXiv 2202.06258).
 

@@ -2,12 +2,12 @@
 
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from visionattn.attention.mixer import LinearMixer
 from visionattn.layers.blocks import DepthwiseConv, Unused, resize_table
 from visionattn.layers.intact import intact
+from visionattn.layers.tracing import opaque
 
 __all__ = ["FocusedLinearAttention", "SimplifiedLinearAttention"]
 
@@ -79,7 +79,7 @@ class _PositionedLinearAttention(LinearMixer):
         return y if self.get_v is None else y + self.get_v(x)
 
 
-@register_notrace_module  # whether positions are resized depends on the size of the map
+@opaque  # whether positions are resized depends on the size of the map
 class FocusedLinearAttention(_PositionedLinearAttention):
     """``phi(q) (phi(k)^T v) / (phi(q) . sum phi(k)) + dwc(v)`` (FLatten, arXiv 2308.00442).
 
@@ -104,7 +104,7 @@ class FocusedLinearAttention(_PositionedLinearAttention):
         return self.mix(q, k + self.positions(H, W), v, self.local(v, H, W), "focused", "mean", self.temperature)
 
 
-@register_notrace_module  # whether positions are resized depends on the size of the map
+@opaque  # whether positions are resized depends on the size of the map
 class SimplifiedLinearAttention(_PositionedLinearAttention):
     """``relu(q) (relu(k)^T v) / (relu(q) . sum relu(k)) + dwc(v)`` (SLAB, arXiv 2405.11582).
 

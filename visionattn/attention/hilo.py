@@ -5,10 +5,11 @@ Shapes: B batch, H W rows and columns, s window side, h high-frequency and l low
 
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_module, use_fused_attn
+from timm.layers import use_fused_attn
 from torch import Tensor, nn
 
 from visionattn.layers.blocks import Linear, crop, pad_to_multiple
+from visionattn.layers.tracing import opaque
 
 __all__ = ["HiLoAttention", "hilo_attention"]
 
@@ -91,7 +92,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, fused: bool) -> Tenso
     return ((q @ k.transpose(-2, -1)) * scale).softmax(-1) @ v
 
 
-@register_notrace_module  # whether the map is padded depends on its size
+@opaque  # whether the map is padded depends on its size
 class HiLoAttention(nn.Module):
     """Attention with ``int(num_heads * alpha)`` heads on a pooled map and the others in windows (arXiv 2205.13213).
 

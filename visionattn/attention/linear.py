@@ -2,13 +2,14 @@
 
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_module, use_fused_attn
+from timm.layers import use_fused_attn
 from torch import Tensor, nn
 
 from visionattn.kernels import linear_attention, precise, rotary_tables
 from visionattn.kernels.linear_attn import FEATURE_MAPS, NORMALIZERS, features, mix, rotate_pairs
 from visionattn.layers.blocks import Linear, in_slices
 from visionattn.layers.switches import built_for_export
+from visionattn.layers.tracing import opaque
 
 __all__ = ["LinearAttention", "MagnitudeAwareAttention", "RankAugmentedAttention", "RotaryAttention"]
 
@@ -101,7 +102,7 @@ class MapAttention(nn.Module):
         raise NotImplementedError
 
 
-@register_notrace_module  # which backend runs depends on the tensor it gets
+@opaque  # which backend runs depends on the tensor it gets
 class LinearAttention(MapAttention):
     """Linear attention with any named feature map and normalizer, rotary embedding, LePE and gate. [B, H, W, dim]
 
@@ -213,7 +214,7 @@ class MagnitudeAwareAttention(LinearAttention):
         super().__init__(dim, num_heads, "elu+1", "magnitude", **frame)
 
 
-@register_notrace_module
+@opaque
 class RotaryAttention(MapAttention):
     """Softmax attention between all positions in the frame of the linear layers. [B, H, W, dim]
 

@@ -1,20 +1,17 @@
 """Large kernel attention: a 19x19 depthwise receptive field, mixed across channels, gates its own input."""
 
 import torch
-from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
 from visionattn.kernels import depthwise_conv2d, gated_pointwise
 from visionattn.layers.intact import intact, same_size_depthwise
 from visionattn.layers.switches import built_for_export
+from visionattn.layers.tracing import opaque
 
 __all__ = ["LargeKernelAttention"]
 
-# FX tracing sees each operator as one call: which backend runs depends on the tensor it gets.
-register_notrace_function(depthwise_conv2d)
-register_notrace_function(gated_pointwise)
 
-
+@opaque  # which operators run depends on the tensor
 class LargeKernelAttention(nn.Module):
     """``u * conv1(conv_spatial(conv0(u)))``: depthwise 5x5, depthwise 7x7 with dilation 3, 1x1 (VAN, arXiv 2202.09741).
 

@@ -5,16 +5,16 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from visionattn.layers.blocks import Linear
 from visionattn.layers.norms import check_foldable, fold_before, fold_into
+from visionattn.layers.tracing import opaque
 
 __all__ = ["SpatialReductionAttention"]
 
 
-@register_notrace_module  # whether it pads depends on the size of the map
+@opaque  # whether it pads depends on the size of the map
 class SpatialReductionAttention(nn.Module):
     """Softmax attention of every position to squares of ``sr_ratio`` positions a side (PVT, arXiv 2102.12122).
 
@@ -58,7 +58,7 @@ class SpatialReductionAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         B, H, W, C = x.shape
         h = self.num_heads
-        q = self.q(x).reshape(B, H * W, h, -1).transpose(1, 2)
+        q = self.q(x).flatten(1, 2).unflatten(-1, [h, -1]).transpose(1, 2)
         reduced = x
         if self.sr_ratio > 1:
             maps = x.permute(0, 3, 1, 2)

@@ -1,7 +1,7 @@
 """Window attention of Swin. B batch, H rows, W columns, C channels, h heads, D head dim."""
 
 import torch
-from timm.layers import register_notrace_module, trunc_normal_
+from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from visionattn.attention.mixer import Mixer, unknown_size
@@ -11,11 +11,12 @@ from visionattn.layers.blocks import Linear, crop, pad_to_multiple
 from visionattn.layers.intact import intact
 from visionattn.layers.norms import check_foldable
 from visionattn.layers.switches import built_for_export
+from visionattn.layers.tracing import opaque
 
 __all__ = ["WindowAttention"]
 
 
-@register_notrace_module  # whether it pads and shifts depends on the size of the map
+@opaque  # whether it pads and shifts depends on the size of the map
 class WindowAttention(Mixer):
     """Softmax attention within windows, with a learned bias per distance (Swin, arXiv 2103.14030).
 

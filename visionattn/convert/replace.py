@@ -20,6 +20,7 @@ from visionattn.convert.report import Replacement
 from visionattn.hosts.parts import MixerArgs, mixers
 from visionattn.layers.blocks import Linear
 from visionattn.layers.intact import hooked
+from visionattn.layers.tracing import mark_opaque
 
 __all__ = ["replace_attention"]
 
@@ -232,6 +233,7 @@ def replace_attention(
         for module in model.modules():
             if type(module) is nn.Linear:
                 module.__class__ = Linear
+                mark_opaque(module)
     new = {name: tuple(p.shape) for name, p in after.items() if name not in before}
     dropped = {name: tuple(p.shape) for name, p in before.items() if name not in after}
     return Replacement(

@@ -6,7 +6,7 @@ from inspect import signature
 
 import torch
 import torch.nn.functional as F
-from timm.layers import is_exporting, register_notrace_module, trunc_normal_
+from timm.layers import is_exporting, trunc_normal_
 from torch import Tensor, nn
 
 from visionattn.attention.mixer import MixerLike, find_mixer
@@ -15,6 +15,7 @@ from visionattn.kernels import channels_last
 from visionattn.layers.blocks import ScaledResidual
 from visionattn.layers.norms import create_norm, fold_after, fold_before, fold_into, folded
 from visionattn.layers.patch_embed import at_least
+from visionattn.layers.tracing import opaque
 
 __all__ = ["Block", "Host", "MixerArgs", "StreamBlock", "StridedConv", "TokenBlock", "mixers", "norm_factory"]
 
@@ -80,7 +81,7 @@ class TokenBlock(Block):
         return self.residual2(x, self.mlp(self.norm2(x)))
 
 
-@register_notrace_module  # whether it pads depends on the size of the map
+@opaque  # whether it pads depends on the size of the map
 class StridedConv(nn.Module):
     """Convolution with stride, then norm; [B, in_chans, H, W] to [B, dim, H', W'].
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
-from timm.layers import ClassifierHead, calculate_drop_path_rates, register_notrace_module, to_2tuple, trunc_normal_
+from timm.layers import ClassifierHead, calculate_drop_path_rates, to_2tuple, trunc_normal_
 from torch import Tensor, nn
 
 from visionattn.attention import SpatialReductionAttention
@@ -16,6 +16,7 @@ from visionattn.attention.mixer import MixerLike
 from visionattn.frames.backbone import Pyramid, Stage
 from visionattn.hosts.parts import Block, Host, MixerArgs, StridedConv, mixers, norm_factory
 from visionattn.layers.blocks import DepthwiseConv, Linear, Mlp, Unused, in_slices, resize_table
+from visionattn.layers.tracing import opaque
 
 __all__ = ["PVT", "PVTv2"]
 
@@ -23,7 +24,7 @@ EPS = 1e-6  # of the layer norms of blocks
 PATCH_EPS = 1e-5
 
 
-@register_notrace_module  # whether it resizes depends on the size of the map
+@opaque  # whether it resizes depends on the size of the map
 class PositionedPatches(StridedConv):
     """Patches side by side, norm, and an embedding of positions that is resized bilinearly to other maps."""
 

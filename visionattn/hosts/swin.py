@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ClassifierHead, calculate_drop_path_rates, is_exporting, register_notrace_module, to_2tuple
+from timm.layers import ClassifierHead, calculate_drop_path_rates, is_exporting, to_2tuple
 from torch import Tensor, nn
 
 from visionattn.attention import WindowAttention
@@ -17,13 +17,14 @@ from visionattn.frames.backbone import Pyramid, Stage
 from visionattn.hosts.parts import Block, Factory, Host, MixerArgs, StridedConv, mixers, norm_factory
 from visionattn.layers.blocks import Linear, Mlp
 from visionattn.layers.norms import fold_before, fold_into
+from visionattn.layers.tracing import opaque
 
 __all__ = ["PatchMerging", "Swin"]
 
 EPS = 1e-5  # of every layer norm
 
 
-@register_notrace_module  # whether it pads depends on the size of the map
+@opaque  # whether it pads depends on the size of the map
 class PatchMerging(nn.Module):
     """Squares of 2x2 positions side by side, norm, linear map to half of their channels; [B, dim, H, W].
 

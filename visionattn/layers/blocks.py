@@ -4,13 +4,14 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, register_notrace_function, register_notrace_module
+from timm.layers import DropPath, register_notrace_function
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from visionattn.kernels import crop_map, depthwise_conv2d, linear, pad_map
 from visionattn.layers.intact import hooked
 from visionattn.layers.switches import built_for_export
+from visionattn.layers.tracing import opaque
 
 __all__ = [
     "DepthwiseConv",
@@ -83,7 +84,7 @@ class _AsLinear(type):
         return type.__hash__(nn.Linear if cls.__base__ is nn.Linear else cls)
 
 
-@register_notrace_module  # which operator runs depends on the tensor
+@opaque  # which operator runs depends on the tensor
 class Linear(nn.Linear, metaclass=_AsLinear):
     """``nn.Linear`` that float32 on a CPU runs as the 1x1 convolution of oneDNN, the same matrix product.
 
@@ -107,7 +108,7 @@ class Linear(nn.Linear, metaclass=_AsLinear):
         return linear(x, weight, self.bias)
 
 
-@register_notrace_module  # which operator runs depends on the tensor
+@opaque  # which operator runs depends on the tensor
 class DepthwiseConv(nn.Conv2d):
     """Depthwise convolution with bias that keeps the size of maps with the channels last. [B, H, W, dim]
 
@@ -273,7 +274,7 @@ def resize_table(table: Tensor, H: int, W: int, mode: str) -> Tensor:
     return F.interpolate(precise.contiguous(), size=[H, W], mode=mode, align_corners=False).to(table.dtype)
 
 
-@register_notrace_module  # a traced graph would keep the mode it was traced in
+@opaque  # a traced graph would keep the mode it was traced in
 class Unused(nn.Module):
     """Parameters that a release holds and its forward pass leaves out, so that checkpoints stay whole.
 

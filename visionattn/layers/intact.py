@@ -10,6 +10,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 __all__ = ["hooked", "intact", "same_size_depthwise"]
 
+
 def hooked(module: nn.Module) -> bool:
     """Whether calling a module runs hooks, or a ``forward`` that was set on the module itself."""
     return bool(

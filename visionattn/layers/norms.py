@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from visionattn.layers.intact import hooked, intact
+from visionattn.layers.tracing import opaque
 
 __all__ = [
     "Affine",
@@ -97,6 +98,7 @@ class RepBN(nn.Module):
         return Affine(*self.affine(), self.nchw)
 
 
+@opaque  # a traced graph would keep the step of the schedule
 class PRepBN(nn.Module):
     """Layer norm that turns into RepBN: in training ``lerp(RepBN(x), LN(x), step / total_step)``, then RepBN alone.
 

@@ -5,13 +5,13 @@ Shapes: B batch, H W rows and columns, C channels, P positions to sample.
 
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from visionattn.kernels import exporting
 from visionattn.layers.blocks import Linear
 from visionattn.layers.patch_embed import at_least
 from visionattn.layers.switches import built_for_export
+from visionattn.layers.tracing import opaque
 
 __all__ = ["DeformableTokenMerging", "bilinear_sample"]
 
@@ -55,7 +55,7 @@ def _weighted_rows(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
     return out.to(x.dtype)
 
 
-@register_notrace_module  # how it samples depends on the tensor
+@opaque  # how it samples depends on the tensor
 class DeformableTokenMerging(nn.Module):
     """``gelu(norm(deformable_conv(x)))`` with a 2x2 kernel and stride 2: half the map, other channels (LITv2).
 
