@@ -238,12 +238,6 @@ class RAVLT(Pyramid):
         dtype=None,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
-        stagewise = dict(
-            embed_dims=embed_dims, depths=depths, num_heads=num_heads, mixers=mixers, layer_scales=layer_scales
-        )
-        if len({len(values) for values in stagewise.values()}) > 1:
-            lengths = ", ".join(f"{name} {len(values)}" for name, values in stagewise.items())
-            raise ValueError(f"the arguments of the stages must have one entry a stage, got {lengths}")
         for mixer in mixers:
             if mixer not in MIXERS:
                 raise ValueError(f"mixers must be of {', '.join(MIXERS)}, got {mixer!r}")

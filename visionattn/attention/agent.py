@@ -50,9 +50,9 @@ class AgentAttention(Mixer):
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__(dim, num_heads, input_size=input_size, num_prefix_tokens=num_prefix_tokens, **host, **dd)
-        p = math.isqrt(num_agents)
-        if num_agents < 1 or p * p != num_agents:
-            raise ValueError(f"num_agents must be a square number, got {num_agents}")
+        p = math.isqrt(num_agents) if isinstance(num_agents, int) and num_agents > 0 else 0
+        if p == 0 or p * p != num_agents:
+            raise ValueError(f"num_agents must be a square number, got {num_agents!r}")
         shape = (p, p) if agent_shape is None else agent_shape
         self.agent_shape = (shape, shape) if isinstance(shape, int) else (int(shape[0]), int(shape[1]))
         if min(self.agent_shape) < 1:

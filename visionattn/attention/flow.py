@@ -7,6 +7,7 @@ from visionattn.attention.softmax import SelfAttention
 from visionattn.kernels import flow_attention
 from visionattn.kernels.flow import flow_attention_torch
 from visionattn.layers.blocks import Linear, in_slices
+from visionattn.layers.checks import check_heads
 from visionattn.layers.tracing import opaque
 
 __all__ = ["CrossFlowAttention", "FlowAttention"]
@@ -94,8 +95,7 @@ class CrossFlowAttention(nn.Module):
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"num_heads must divide dim = {dim}, got {num_heads}")
+        check_heads(dim, num_heads)
         in_dim, out_dim = in_dim or dim, out_dim or dim
         self.num_heads, self.causal, self.eps = num_heads, causal, eps
         self.query_projection = Linear(in_dim, dim, **dd)

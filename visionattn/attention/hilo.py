@@ -9,6 +9,7 @@ from timm.layers import use_fused_attn
 from torch import Tensor, nn
 
 from visionattn.layers.blocks import Linear, crop, pad_to_multiple
+from visionattn.layers.checks import check_heads, check_map
 from visionattn.layers.tracing import opaque
 
 __all__ = ["HiLoAttention", "hilo_attention"]
@@ -125,8 +126,7 @@ class HiLoAttention(nn.Module):
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        if num_heads < 1 or dim % num_heads:
-            raise ValueError(f"num_heads must be at least 1 and divide dim = {dim}, got {num_heads}")
+        check_heads(dim, num_heads)
         if not isinstance(window_size, int) or window_size < 1:
             raise ValueError(f"window_size must be an integer of at least 1, got {window_size!r}")
         if not 0 <= alpha <= 1:
@@ -151,8 +151,7 @@ class HiLoAttention(nn.Module):
         return f"window_size={self.window_size}, high_heads={self.high_heads}, low_heads={self.low_heads}"
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() != 4:
-            raise ValueError(f"x must be [B, H, W, C], got {x.dim()} axes")
+        check_map(x)
         H, W = x.shape[1], x.shape[2]
         x = pad_to_multiple(x, self.window_size)
         if self.h_qkv is None:

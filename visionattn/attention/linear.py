@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from visionattn.kernels import linear_attention, precise, rotary_tables
 from visionattn.kernels.linear_attn import FEATURE_MAPS, NORMALIZERS, features, mix, rotate_pairs
 from visionattn.layers.blocks import Linear, in_slices
+from visionattn.layers.checks import check_heads, check_map
 from visionattn.layers.switches import built_for_export
 from visionattn.layers.tracing import opaque
 
@@ -44,8 +45,7 @@ class MapAttention(nn.Module):
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        if num_heads < 1 or dim % num_heads:
-            raise ValueError(f"num_heads must divide dim = {dim}, got {num_heads}")
+        check_heads(dim, num_heads)
         if rotary and dim // num_heads % 4:
             raise ValueError(f"rotary needs a head dim divisible by 4, got {dim} / {num_heads} = {dim // num_heads}")
         if lepe_kernel < 0 or (lepe_kernel > 0 and lepe_kernel % 2 == 0):
@@ -65,6 +65,7 @@ class MapAttention(nn.Module):
         self.proj = Linear(dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_map(x)
         if torch.jit.is_scripting():
             return self._mixed(x)
         else:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from visionattn.kernels import exporting, neighborhood_attention, neighborhood_attention_export
 from visionattn.layers.blocks import Linear
+from visionattn.layers.checks import check_heads
 from visionattn.layers.patch_embed import shortfall
 from visionattn.layers.switches import built_for_export
 from visionattn.layers.tracing import opaque
@@ -68,8 +69,7 @@ class NeighborhoodAttention(nn.Module):
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"num_heads must divide dim = {dim}, got {num_heads}")
+        check_heads(dim, num_heads)
         if axes not in (1, 2, 3):
             raise ValueError(f"axes must be 1, 2 or 3, got {axes!r}")
         if position not in POSITIONS:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionattn.layers.blocks import Linear
+from visionattn.layers.checks import check_heads, check_map
 from visionattn.layers.norms import check_foldable, fold_before, fold_into
 from visionattn.layers.tracing import opaque
 
@@ -43,8 +44,7 @@ class SpatialReductionAttention(nn.Module):
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        if num_heads < 1 or dim % num_heads:
-            raise ValueError(f"num_heads must divide dim = {dim}, got {num_heads}")
+        check_heads(dim, num_heads)
         if sr_ratio < 1:
             raise ValueError(f"sr_ratio must be positive, got {sr_ratio}")
         self.num_heads = num_heads
@@ -56,6 +56,7 @@ class SpatialReductionAttention(nn.Module):
         self.proj = Linear(dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_map(x)
         B, H, W, C = x.shape
         h = self.num_heads
         q = self.q(x).flatten(1, 2).unflatten(-1, [h, -1]).transpose(1, 2)

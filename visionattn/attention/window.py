@@ -8,6 +8,7 @@ from visionattn.attention.mixer import Mixer, unknown_size
 from visionattn.kernels import window_attention, window_attention_export
 from visionattn.kernels.window import MASKED
 from visionattn.layers.blocks import Linear, crop, pad_to_multiple
+from visionattn.layers.checks import check_map
 from visionattn.layers.intact import intact
 from visionattn.layers.norms import check_foldable
 from visionattn.layers.switches import built_for_export
@@ -67,6 +68,7 @@ class WindowAttention(Mixer):
         trunc_normal_(self.relative_position_bias_table, std=0.02)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None, stream: Tensor | None = None) -> Tensor:
+        check_map(x)
         H, W = x.shape[1], x.shape[2]
         h, D = self.num_heads, self.head_dim
         bias = self.padding
