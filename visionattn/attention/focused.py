@@ -57,7 +57,7 @@ class _PositionedLinearAttention(LinearMixer):
     def local(self, v: Tensor, H: int, W: int) -> Tensor:
         """The convolutions of the values. [B, N, C] -> [B, H, W, C]"""
         if not torch.jit.is_scripting():
-            if not all(intact(conv, DepthwiseConv) for conv in (self.dwc, self.get_v) if conv is not None):
+            if not intact(self.dwc, DepthwiseConv) or not (self.get_v is None or intact(self.get_v, DepthwiseConv)):
                 return self._called(self.map(v, H, W))
         # Repeated for every head, filters of one convolution of the whole map; the one of the host joins in.
         weight, bias = self.dwc.weight.repeat(self.num_heads, 1, 1, 1), self.dwc.bias
