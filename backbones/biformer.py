@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ClassifierHead, calculate_drop_path_rates, register_notrace_module, trunc_normal_
+from timm.layers import ClassifierHead, calculate_drop_path_rates, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -18,6 +18,8 @@ from visionattn.attention import BiLevelRoutingAttention, LePEAttention
 from visionattn.frames.backbone import Pyramid, Stage, build_backbone
 from visionattn.kernels import channels_last
 from visionattn.layers.blocks import DepthwiseConv, PreNormBlock, ScaledResidual
+from visionattn.layers.patch_embed import shortfall
+from visionattn.layers.tracing import opaque
 from visionattn.weights import pretrained_cfgs
 from visionattn.weights.families import declare_filter
 from visionattn.weights.rename import rename_checkpoint
@@ -45,7 +47,7 @@ class Block(PreNormBlock):
         return self.residual2(x, self.mlp(self.norm2(x)))
 
 
-@register_notrace_module  # how much is padded depends on the size of the map
+@opaque  # how much is padded depends on the size of the map
 class PatchConv(nn.Conv2d):
     """Convolution of patches side by side; a map smaller than one patch is completed with zeros."""
 
@@ -57,7 +59,7 @@ class PatchConv(nn.Conv2d):
         if torch.jit.is_scripting():
             x = F.pad(x, (0, max(self.side - x.shape[3], 0), 0, max(self.side - x.shape[2], 0)))
         else:
-            missing = [torch.sym_max(self.side - n, 0) for n in (x.shape[3], x.shape[2])]
+            missing = [shortfall(n, self.side) for n in (x.shape[3], x.shape[2])]
             x = F.pad(x, (0, missing[0], 0, missing[1]))
         return F.conv2d(x, self.weight, self.bias, self.stride)
 

@@ -17,6 +17,7 @@ from visionattn.attention import HiLoAttention
 from visionattn.frames.backbone import Pyramid, Stage, build_backbone
 from visionattn.layers.blocks import DepthwiseConv, Mlp, ScaledResidual, pad_to_multiple
 from visionattn.layers.token_merging import DeformableTokenMerging
+from visionattn.layers.tracing import opaque
 from visionattn.weights import pretrained_cfgs
 from visionattn.weights.families import declare_filter
 from visionattn.weights.rename import rename_checkpoint
@@ -70,6 +71,7 @@ class Block(nn.Module):
         return self.residual2(x, self.mlp(self.norm2(x)))
 
 
+@opaque  # whether it pads depends on the size of the image
 class PatchEmbed(nn.Module):
     """Non-overlapping 4x4 patches, then layer norm; the image to [B, dim, H/4, W/4], rounded up."""
 

@@ -15,7 +15,6 @@ from timm.layers import (
     BatchNormAct2d,
     ClassifierHead,
     calculate_drop_path_rates,
-    register_notrace_module,
     trunc_normal_,
 )
 from timm.models import generate_default_cfgs, register_model
@@ -25,6 +24,7 @@ from visionattn.attention import MagnitudeAwareAttention, RankAugmentedAttention
 from visionattn.frames.backbone import Pyramid, Stage, build_backbone
 from visionattn.kernels import autocasting, channels_last
 from visionattn.layers.blocks import Linear, ScaledResidual, in_slices
+from visionattn.layers.tracing import opaque
 from visionattn.weights import pretrained_cfgs
 from visionattn.weights.families import declare_filter
 from visionattn.weights.rename import rename_checkpoint
@@ -34,7 +34,7 @@ __all__ = ["RAVLT"]
 MIXERS = {"rala": RankAugmentedAttention, "mala": MagnitudeAwareAttention, "softmax": RotaryAttention}
 
 
-@register_notrace_module  # which form runs depends on the tensor
+@opaque  # which form runs depends on the tensor
 class DepthwiseResidual(nn.Conv2d):
     """``x + dwconv(x)`` with a depthwise 3x3 on [B, H, W, dim]."""
 
@@ -61,6 +61,7 @@ class ConvMlp(nn.Module):
     def __init__(self, dim: int, hidden: int, device=None, dtype=None) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
+        self.hidden = hidden
         self.fc1 = Linear(dim, hidden, **dd)
         self.act = nn.GELU()
         self.dwconv = DepthwiseResidual(hidden, **dd)
@@ -77,7 +78,7 @@ class ConvMlp(nn.Module):
 
     @torch.jit.unused
     def _sliced(self, x: Tensor) -> Tensor:
-        return in_slices(self._mlp, x, self.fc1.out_features, self.fc1.in_features)
+        return in_slices(self._mlp, x, self.hidden, x.shape[-1])
 
 
 class Block(nn.Module):
@@ -116,7 +117,7 @@ class Stem(nn.Module):
     def __init__(self, in_chans: int, dim: int, device=None, dtype=None) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        half = dim // 2
+        self.half = half = dim // 2
         layers: list[nn.Module] = []
         for channels, out, stride in ((in_chans, half, 2), (half, half, 1), (half, half, 1), (half, dim, 2)):
             layers += [nn.Conv2d(channels, out, 3, stride, 1, **dd), nn.BatchNorm2d(out, **dd), nn.GELU()]
@@ -133,7 +134,7 @@ class Stem(nn.Module):
     def _sliced(self, x: Tensor) -> Tensor:
         if self.training:  # batch norm looks at the whole batch
             return self.proj(x)
-        return in_slices(self.proj, x, widest=self.proj[0].out_channels // 4)  # of half the resolution
+        return in_slices(self.proj, x, widest=self.half // 4)  # of half the resolution
 
 
 class Downsample(nn.Module):
@@ -185,7 +186,7 @@ class ProjectedHead(ClassifierHead):
         width = self.width if in_features is None else in_features
         pool = self.global_pool.pool_type if pool_type is None else pool_type
         wanted = width == self.width and not reset_other and (num_classes > 0 or bool(pool))
-        if wanted != isinstance(self.proj, nn.Conv2d):
+        if wanted == isinstance(self.proj, nn.Identity):
             self._project(wanted, device=device, dtype=dtype)
             self.proj.train(self.training)
             self.norm.train(self.training)
@@ -237,12 +238,6 @@ class RAVLT(Pyramid):
         dtype=None,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
-        stagewise = dict(
-            embed_dims=embed_dims, depths=depths, num_heads=num_heads, mixers=mixers, layer_scales=layer_scales
-        )
-        if len({len(values) for values in stagewise.values()}) > 1:
-            lengths = ", ".join(f"{name} {len(values)}" for name, values in stagewise.items())
-            raise ValueError(f"the arguments of the stages must have one entry a stage, got {lengths}")
         for mixer in mixers:
             if mixer not in MIXERS:
                 raise ValueError(f"mixers must be of {', '.join(MIXERS)}, got {mixer!r}")

@@ -46,6 +46,7 @@ class ConvMlp(nn.Module):
     def __init__(self, dim: int, hidden: int, drop: float = 0.0, device=None, dtype=None) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
+        self.hidden = hidden
         self.fc1 = nn.Conv2d(dim, hidden, 1, **dd)
         self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, **dd)
         self.act = nn.GELU()
@@ -64,7 +65,7 @@ class ConvMlp(nn.Module):
 
     @torch.jit.unused
     def _sliced(self, x: Tensor) -> Tensor:
-        return in_slices(self._mlp, x, widest=self.fc1.out_channels)
+        return in_slices(self._mlp, x, widest=self.hidden)
 
 
 class Block(nn.Module):

@@ -178,8 +178,8 @@ def test_half_precision_stays_near_float32():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(num_heads=3), "num_heads must be at least 1 and divide dim = 8, got 3"),
-        (dict(num_heads=0), "num_heads must be at least 1"),
+        (dict(num_heads=3), "num_heads must divide dim = 8, got 3"),
+        (dict(num_heads=0), "num_heads must divide dim = 8, got 0"),
         (dict(window_size=0), "window_size must be an integer of at least 1, got 0"),
         (dict(window_size=2.0), "window_size must be an integer of at least 1, got 2.0"),
         (dict(alpha=1.1), "alpha must be between 0 and 1, got 1.1"),

@@ -4,19 +4,20 @@ import math
 
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_module, trunc_normal_
+from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from visionattn.attention.mixer import Mixer
 from visionattn.kernels import agent_attention
 from visionattn.layers.blocks import DepthwiseConv, resize_table
+from visionattn.layers.tracing import opaque
 
 __all__ = ["AgentAttention"]
 
 TABLE = 7  # side of the coarse bias tables
 
 
-@register_notrace_module  # whether tables are resized depends on the size of the map
+@opaque  # whether tables are resized depends on the size of the map
 class AgentAttention(Mixer):
     """``softmax(s q a^T + B2) softmax(s a k^T + B1) v + dwc(v)`` with agents a pooled from q (arXiv 2312.08874).
 
@@ -49,9 +50,9 @@ class AgentAttention(Mixer):
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__(dim, num_heads, input_size=input_size, num_prefix_tokens=num_prefix_tokens, **host, **dd)
-        p = math.isqrt(num_agents)
-        if num_agents < 1 or p * p != num_agents:
-            raise ValueError(f"num_agents must be a square number, got {num_agents}")
+        p = math.isqrt(num_agents) if isinstance(num_agents, int) and num_agents > 0 else 0
+        if p == 0 or p * p != num_agents:
+            raise ValueError(f"num_agents must be a square number, got {num_agents!r}")
         shape = (p, p) if agent_shape is None else agent_shape
         self.agent_shape = (shape, shape) if isinstance(shape, int) else (int(shape[0]), int(shape[1]))
         if min(self.agent_shape) < 1:

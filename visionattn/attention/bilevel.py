@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from visionattn.kernels import bilevel_routing_attention, crop_map, exporting, pad_map
@@ -18,7 +17,9 @@ from visionattn.kernels.bilevel import (
     to_regions,
 )
 from visionattn.layers.blocks import DepthwiseConv, Linear
+from visionattn.layers.checks import check_counts, check_heads, check_map
 from visionattn.layers.switches import built_for_export
+from visionattn.layers.tracing import opaque
 
 __all__ = ["BiLevelRoutingAttention", "LePEAttention"]
 
@@ -27,7 +28,7 @@ DOWNSAMPLE_MODES = ("identity", "avgpool", "maxpool", "ada_avgpool", "ada_maxpoo
 PROJECTIONS = ("qkvo", "qkv")
 
 
-@register_notrace_module  # which path runs depends on the size of the map
+@opaque  # which path runs depends on the size of the map
 class BiLevelRoutingAttention(nn.Module):
     """``wo(softmax(scale * q k^T) v + lepe(v))`` over the tokens of the ``topk`` regions whose mean keys have the
     largest products with a region's mean query (BiFormer, arXiv 2303.08810); ``lepe`` is a depthwise convolution.
@@ -96,6 +97,7 @@ class BiLevelRoutingAttention(nn.Module):
         self.region_size = [0, 0] if region_size is None else _pair("region_size", region_size)
         self.topk = topk
         self.windows = _pair("n_win", n_win)
+        check_counts(dim=dim, num_heads=num_heads, qk_dim=self.qk_dim)
         if dim % num_heads or self.qk_dim % num_heads:
             raise ValueError(f"num_heads must divide dim = {dim} and qk_dim = {self.qk_dim}, got {num_heads}")
         if not isinstance(topk, int) or topk < 1 or (region_size is None and topk > math.prod(self.windows)):
@@ -152,8 +154,7 @@ class BiLevelRoutingAttention(nn.Module):
         return f"num_heads={self.num_heads}, {regions}, topk={self.topk}, generation={self.generation!r}"
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() != 4:
-            raise ValueError(f"x must be [B, H, W, C], got {x.dim()} axes")
+        check_map(x)
         H, W = x.shape[1], x.shape[2]
         grid = self._grid(H, W)
         if self.generation == "legacy":
@@ -215,10 +216,11 @@ class BiLevelRoutingAttention(nn.Module):
         """Regions to attend to and, for soft routing, the factors of their keys and values. [B, R, K]"""
         if not self.diff_routing:
             q, k = q.detach(), k.detach()
+        given = q.dtype  # of the projection, hence of the router
         q, k = region_means(q, grid), region_means(k, grid)
         if self.param_routing:
             dtype = q.dtype
-            q, k = q.to(self.qkv.weight.dtype), k.to(self.qkv.weight.dtype)
+            q, k = q.to(given), k.to(given)
             q, k = self.router(q).to(dtype), self.router(k).to(dtype)
         scores, routes = route_regions(q, k, min(self.topk, grid[0] * grid[2]))
         weights: Tensor | None = None
@@ -284,8 +286,7 @@ class LePEAttention(nn.Module):
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"num_heads must divide dim = {dim}, got {num_heads}")
+        check_heads(dim, num_heads)
         _one_of("lepe", lepe, ("input", "value", "none"))
         if side_dwconv % 2 != 1:
             raise ValueError(f"side_dwconv must be odd, got {side_dwconv}")
@@ -296,6 +297,7 @@ class LePEAttention(nn.Module):
         self.proj = Linear(dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_map(x)
         B, H, W, C = x.shape
         q, k, v = self.qkv(x).split(C, -1)
         heads = [B, H * W, self.num_heads, C // self.num_heads]

@@ -2,11 +2,11 @@
 
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from visionattn.attention.mixer import Mixer, unknown_size
 from visionattn.layers.blocks import DepthwiseConv
+from visionattn.layers.tracing import opaque
 
 __all__ = ["CrossShapedAttention"]
 
@@ -60,7 +60,7 @@ class StripeAttention(nn.Module):
         return x.flatten(1, 2).unflatten(2, [-1, self.head_dim]).transpose(1, 2)
 
 
-@register_notrace_module  # how many stripes there are depends on the size of the map
+@opaque  # how many stripes there are depends on the size of the map
 class CrossShapedAttention(Mixer):
     """Half of the heads attend within columns, half within rows, ``split_size`` wide (CSwin, arXiv 2107.00652).
 

@@ -1,18 +1,19 @@
 """Flow attention: sources compete, sinks allocate, no softmax over pairs. B batch, L N queries, S keys, h heads."""
 
 import torch
-from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from visionattn.attention.softmax import SelfAttention
 from visionattn.kernels import flow_attention
 from visionattn.kernels.flow import flow_attention_torch
 from visionattn.layers.blocks import Linear, in_slices
+from visionattn.layers.checks import check_heads
+from visionattn.layers.tracing import opaque
 
 __all__ = ["CrossFlowAttention", "FlowAttention"]
 
 
-@register_notrace_module  # how it runs depends on the tensor it gets
+@opaque  # how it runs depends on the tensor it gets
 class FlowAttention(SelfAttention):
     """``proj(flow_attention(q, k, v))`` of every position with all others (Flowformer, arXiv 2202.06258).
 
@@ -54,7 +55,7 @@ class FlowAttention(SelfAttention):
 
     @torch.jit.unused
     def _sliced(self, x: Tensor) -> Tensor:
-        return in_slices(self._mix, x, self.qkv.out_features, self.qkv.in_features)
+        return in_slices(self._mix, x, 3 * x.shape[-1], x.shape[-1])
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
@@ -63,7 +64,7 @@ class FlowAttention(SelfAttention):
             return flow_attention(q, k, v, self.causal, self.eps, self.flow_eps)
 
 
-@register_notrace_module
+@opaque
 class CrossFlowAttention(nn.Module):
     """``out_projection(flow_attention(q(x), k(source), v(source)))``, the authors' general layer (arXiv 2202.06258).
 
@@ -94,8 +95,7 @@ class CrossFlowAttention(nn.Module):
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"num_heads must divide dim = {dim}, got {num_heads}")
+        check_heads(dim, num_heads)
         in_dim, out_dim = in_dim or dim, out_dim or dim
         self.num_heads, self.causal, self.eps = num_heads, causal, eps
         self.query_projection = Linear(in_dim, dim, **dd)

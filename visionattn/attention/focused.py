@@ -2,11 +2,12 @@
 
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from visionattn.attention.mixer import LinearMixer
 from visionattn.layers.blocks import DepthwiseConv, Unused, resize_table
+from visionattn.layers.intact import intact
+from visionattn.layers.tracing import opaque
 
 __all__ = ["FocusedLinearAttention", "SimplifiedLinearAttention"]
 
@@ -55,6 +56,9 @@ class _PositionedLinearAttention(LinearMixer):
 
     def local(self, v: Tensor, H: int, W: int) -> Tensor:
         """The convolutions of the values. [B, N, C] -> [B, H, W, C]"""
+        if not torch.jit.is_scripting():
+            if not intact(self.dwc, DepthwiseConv) or not (self.get_v is None or intact(self.get_v, DepthwiseConv)):
+                return self._called(self.map(v, H, W))
         # Repeated for every head, filters of one convolution of the whole map; the one of the host joins in.
         weight, bias = self.dwc.weight.repeat(self.num_heads, 1, 1, 1), self.dwc.bias
         if bias is not None:
@@ -66,8 +70,16 @@ class _PositionedLinearAttention(LinearMixer):
                 bias = bias + extra
         return self.dwc.convolve(self.map(v, H, W), weight, bias)
 
+    @torch.jit.unused
+    def _called(self, x: Tensor) -> Tensor:
+        """The convolutions one after the other, as modules. [B, H, W, C]"""
+        B, heads = x.shape[0], [self.num_heads, self.head_dim]
+        y = self.dwc(x.unflatten(3, heads).permute(0, 3, 1, 2, 4).flatten(0, 1))  # B * h H W D
+        y = y.unflatten(0, [B, self.num_heads]).permute(0, 2, 3, 1, 4).flatten(3)
+        return y if self.get_v is None else y + self.get_v(x)
 
-@register_notrace_module  # whether positions are resized depends on the size of the map
+
+@opaque  # whether positions are resized depends on the size of the map
 class FocusedLinearAttention(_PositionedLinearAttention):
     """``phi(q) (phi(k)^T v) / (phi(q) . sum phi(k)) + dwc(v)`` (FLatten, arXiv 2308.00442).
 
@@ -92,7 +104,7 @@ class FocusedLinearAttention(_PositionedLinearAttention):
         return self.mix(q, k + self.positions(H, W), v, self.local(v, H, W), "focused", "mean", self.temperature)
 
 
-@register_notrace_module  # whether positions are resized depends on the size of the map
+@opaque  # whether positions are resized depends on the size of the map
 class SimplifiedLinearAttention(_PositionedLinearAttention):
     """``relu(q) (relu(k)^T v) / (relu(q) . sum relu(k)) + dwc(v)`` (SLAB, arXiv 2405.11582).
 

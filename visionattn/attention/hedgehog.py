@@ -8,12 +8,12 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from visionattn.attention.softmax import SelfAttention
 from visionattn.kernels import linear_attention, precise
 from visionattn.kernels.linear_attn import causal_sums, mix
+from visionattn.layers.tracing import opaque
 
 __all__ = ["HedgehogAttention", "HedgehogFeatures", "attention_transfer_loss", "attention_weight_loss", "transfer"]
 
@@ -108,7 +108,7 @@ class HedgehogFeatures(nn.Module):
         return y.clamp(min=self.eps)
 
 
-@register_notrace_module  # how it runs depends on the tensor it gets
+@opaque  # how it runs depends on the tensor it gets
 class HedgehogAttention(SelfAttention):
     """Linear attention with Hedgehog's feature maps of queries and keys, optionally softmax within a causal window.
 

@@ -5,10 +5,12 @@ Shapes: B batch, H W rows and columns, s window side, h high-frequency and l low
 
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_module, use_fused_attn
+from timm.layers import use_fused_attn
 from torch import Tensor, nn
 
 from visionattn.layers.blocks import Linear, crop, pad_to_multiple
+from visionattn.layers.checks import check_heads, check_map
+from visionattn.layers.tracing import opaque
 
 __all__ = ["HiLoAttention", "hilo_attention"]
 
@@ -91,7 +93,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, fused: bool) -> Tenso
     return ((q @ k.transpose(-2, -1)) * scale).softmax(-1) @ v
 
 
-@register_notrace_module  # whether the map is padded depends on its size
+@opaque  # whether the map is padded depends on its size
 class HiLoAttention(nn.Module):
     """Attention with ``int(num_heads * alpha)`` heads on a pooled map and the others in windows (arXiv 2205.13213).
 
@@ -124,8 +126,7 @@ class HiLoAttention(nn.Module):
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        if num_heads < 1 or dim % num_heads:
-            raise ValueError(f"num_heads must be at least 1 and divide dim = {dim}, got {num_heads}")
+        check_heads(dim, num_heads)
         if not isinstance(window_size, int) or window_size < 1:
             raise ValueError(f"window_size must be an integer of at least 1, got {window_size!r}")
         if not 0 <= alpha <= 1:
@@ -150,8 +151,7 @@ class HiLoAttention(nn.Module):
         return f"window_size={self.window_size}, high_heads={self.high_heads}, low_heads={self.low_heads}"
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() != 4:
-            raise ValueError(f"x must be [B, H, W, C], got {x.dim()} axes")
+        check_map(x)
         H, W = x.shape[1], x.shape[2]
         x = pad_to_multiple(x, self.window_size)
         if self.h_qkv is None:

@@ -2,13 +2,15 @@
 
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_module, use_fused_attn
+from timm.layers import use_fused_attn
 from torch import Tensor, nn
 
 from visionattn.kernels import linear_attention, precise, rotary_tables
 from visionattn.kernels.linear_attn import FEATURE_MAPS, NORMALIZERS, features, mix, rotate_pairs
 from visionattn.layers.blocks import Linear, in_slices
+from visionattn.layers.checks import check_heads, check_map
 from visionattn.layers.switches import built_for_export
+from visionattn.layers.tracing import opaque
 
 __all__ = ["LinearAttention", "MagnitudeAwareAttention", "RankAugmentedAttention", "RotaryAttention"]
 
@@ -43,8 +45,7 @@ class MapAttention(nn.Module):
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        if num_heads < 1 or dim % num_heads:
-            raise ValueError(f"num_heads must divide dim = {dim}, got {num_heads}")
+        check_heads(dim, num_heads)
         if rotary and dim // num_heads % 4:
             raise ValueError(f"rotary needs a head dim divisible by 4, got {dim} / {num_heads} = {dim // num_heads}")
         if lepe_kernel < 0 or (lepe_kernel > 0 and lepe_kernel % 2 == 0):
@@ -64,6 +65,7 @@ class MapAttention(nn.Module):
         self.proj = Linear(dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_map(x)
         if torch.jit.is_scripting():
             return self._mixed(x)
         else:
@@ -71,7 +73,7 @@ class MapAttention(nn.Module):
 
     @torch.jit.unused
     def _sliced(self, x: Tensor) -> Tensor:
-        return in_slices(self._mixed, x, self.qkv.out_features, self.dim)
+        return in_slices(self._mixed, x, (4 if self.gate else 3) * self.dim, self.dim)
 
     def _mixed(self, x: Tensor) -> Tensor:
         B, H, W, C = x.shape
@@ -101,7 +103,7 @@ class MapAttention(nn.Module):
         raise NotImplementedError
 
 
-@register_notrace_module  # which backend runs depends on the tensor it gets
+@opaque  # which backend runs depends on the tensor it gets
 class LinearAttention(MapAttention):
     """Linear attention with any named feature map and normalizer, rotary embedding, LePE and gate. [B, H, W, dim]
 
@@ -213,7 +215,7 @@ class MagnitudeAwareAttention(LinearAttention):
         super().__init__(dim, num_heads, "elu+1", "magnitude", **frame)
 
 
-@register_notrace_module
+@opaque
 class RotaryAttention(MapAttention):
     """Softmax attention between all positions in the frame of the linear layers. [B, H, W, dim]
 

@@ -1,19 +1,17 @@
 """Large kernel attention: a 19x19 depthwise receptive field, mixed across channels, gates its own input."""
 
 import torch
-from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
 from visionattn.kernels import depthwise_conv2d, gated_pointwise
+from visionattn.layers.intact import intact, same_size_depthwise
 from visionattn.layers.switches import built_for_export
+from visionattn.layers.tracing import opaque
 
 __all__ = ["LargeKernelAttention"]
 
-# FX tracing sees each operator as one call: which backend runs depends on the tensor it gets.
-register_notrace_function(depthwise_conv2d)
-register_notrace_function(gated_pointwise)
 
-
+@opaque  # which operators run depends on the tensor
 class LargeKernelAttention(nn.Module):
     """``u * conv1(conv_spatial(conv0(u)))``: depthwise 5x5, depthwise 7x7 with dilation 3, 1x1 (VAN, arXiv 2202.09741).
 
@@ -40,6 +38,14 @@ class LargeKernelAttention(nn.Module):
 
     @torch.jit.unused
     def _fused(self, u: Tensor) -> Tensor:
-        a = depthwise_conv2d(u, self.conv0.weight, self.conv0.bias)
-        a = depthwise_conv2d(a, self.conv_spatial.weight, self.conv_spatial.bias, dilation=3)
-        return gated_pointwise(a, self.conv1.weight, self.conv1.bias, u)
+        a = _convolved(_convolved(u, self.conv0), self.conv_spatial)
+        conv = self.conv1
+        if intact(conv, nn.Conv2d) and conv.kernel_size == (1, 1) and conv.groups == 1:
+            return gated_pointwise(a, conv.weight, conv.bias, u)
+        return u * conv(a)
+
+
+def _convolved(x: Tensor, conv: nn.Module) -> Tensor:
+    if same_size_depthwise(conv):
+        return depthwise_conv2d(x, conv.weight, conv.bias, dilation=conv.dilation[0])
+    return conv(x)

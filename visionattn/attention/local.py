@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from visionattn.kernels import autocast, eager, exporting
 from visionattn.kernels.neighborhood import Axis, Group, Run, positions
 from visionattn.layers.blocks import Linear
+from visionattn.layers.checks import check_heads, check_map
 
 __all__ = ["CircularWindowAttention", "HaloAttention", "circular_attention"]
 
@@ -163,8 +164,7 @@ class CircularWindowAttention(nn.Module):
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"num_heads must divide dim = {dim}, got {num_heads}")
+        check_heads(dim, num_heads)
         if radius < 1 or (down_factor is not None and down_factor < 1):
             raise ValueError(f"radius and down_factor must be at least 1, got {radius} and {down_factor}")
         self.num_heads, self.radius, self.down_factor = num_heads, radius, down_factor
@@ -175,6 +175,7 @@ class CircularWindowAttention(nn.Module):
 
     def forward(self, x: Tensor, prefix: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Mix a map, [B, H, W, dim], and prefix tokens, [B, P, dim], which see each other and the whole map."""
+        check_map(x)
         q, k, v = self._project(x)
         pooled = [] if self.down_factor is None else [tuple(map(self._pool, (k, v)))]
         if prefix is None:
@@ -228,8 +229,7 @@ class HaloAttention(nn.Module):
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"num_heads must divide dim = {dim}, got {num_heads}")
+        check_heads(dim, num_heads)
         if block_size < 1 or halo_size < 0:
             raise ValueError(f"block_size must be at least 1 and halo_size 0, got {block_size} and {halo_size}")
         self.num_heads, self.block_size, self.halo_size = num_heads, block_size, halo_size
@@ -246,6 +246,7 @@ class HaloAttention(nn.Module):
             trunc_normal_(table, std=self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_map(x)
         b, e = self.block_size, self.halo_size
         spatial = x.shape[1:3]
         if spatial[0] % b or spatial[1] % b:

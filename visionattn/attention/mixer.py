@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from visionattn.kernels import exporting, focused, linear_attention, precise
 from visionattn.kernels.linear_attn import features, mix
 from visionattn.layers.blocks import Linear
+from visionattn.layers.checks import check_heads, check_map, check_side
 from visionattn.layers.norms import fold_before
 from visionattn.layers.switches import built_for_export
 
@@ -75,8 +76,8 @@ class Mixer(nn.Module):
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        if num_heads < 1 or dim % num_heads:
-            raise ValueError(f"num_heads must divide dim = {dim}, got {num_heads}")
+        check_heads(dim, num_heads)
+        check_side("input_size", input_size, pair=True)
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
         self.scale = self.head_dim**-0.5
@@ -96,16 +97,20 @@ class Mixer(nn.Module):
 
         Returns:
             The mixed tokens, shaped as ``x``.
+
+        Raises:
+            ValueError: If ``x`` is no map and ``size`` is not given.
         """
-        shape = x.shape
+        tokens = x
         if size is None:
-            H, W = shape[1], shape[2]
-            x = x.reshape(shape[0], H * W, shape[3])
+            check_map(x)
+            H, W = x.shape[1], x.shape[2]
+            tokens = x.reshape(x.shape[0], H * W, x.shape[3])
         else:
             H, W = size
-        context = x if stream is None else stream.reshape(x.shape)
-        q, k, v = self.qkv(x).chunk(3, -1)
-        return self.proj_drop(self.proj(self.attend(q, k, v, H, W, context))).reshape(shape)
+        context = tokens if stream is None else stream.reshape(tokens.shape)
+        q, k, v = self.qkv(tokens).chunk(3, -1)
+        return self.proj_drop(self.proj(self.attend(q, k, v, H, W, context))).reshape(x.shape)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, H: int, W: int, context: Tensor) -> Tensor:
         """Mix the values; heads are consecutive runs of D channels.

@@ -4,12 +4,15 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_module, trunc_normal_
+from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from visionattn.kernels import exporting, neighborhood_attention, neighborhood_attention_export
 from visionattn.layers.blocks import Linear
+from visionattn.layers.checks import check_heads
+from visionattn.layers.patch_embed import shortfall
 from visionattn.layers.switches import built_for_export
+from visionattn.layers.tracing import opaque
 
 __all__ = ["NeighborhoodAttention"]
 
@@ -17,7 +20,7 @@ POSITIONS = ("bias", "rope", "none")
 SMALL_MAPS = ("pad", "shrink", "error")
 
 
-@register_notrace_module  # which path runs depends on the size of the map
+@opaque  # which path runs depends on the size of the map
 class NeighborhoodAttention(nn.Module):
     """``proj(softmax(scale * q k^T + rpb) v)`` over each position's window (arXiv 2204.07143, dilated 2209.15001).
 
@@ -66,8 +69,7 @@ class NeighborhoodAttention(nn.Module):
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"num_heads must divide dim = {dim}, got {num_heads}")
+        check_heads(dim, num_heads)
         if axes not in (1, 2, 3):
             raise ValueError(f"axes must be 1, 2 or 3, got {axes!r}")
         if position not in POSITIONS:
@@ -147,7 +149,7 @@ class NeighborhoodAttention(nn.Module):
                 short = short or missing > 0
             else:
                 exported = exporting()  # where a comparison would fix the size
-                missing = torch.sym_max(needed - L, 0) if exported else max(needed - L, 0)
+                missing = shortfall(L, needed) if exported else max(needed - L, 0)
                 short = short or exported or missing > 0
             pads += [0, missing]
         return F.pad(x, pads) if short else x

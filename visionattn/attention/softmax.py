@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from visionattn.attention.mixer import Mixer
 from visionattn.layers.blocks import Linear
+from visionattn.layers.checks import check_heads
 
 __all__ = ["SelfAttention", "SoftmaxAttention", "SoftmaxMixer"]
 
@@ -30,8 +31,7 @@ class SelfAttention(nn.Module):
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        if num_heads < 1 or dim % num_heads:
-            raise ValueError(f"num_heads must divide dim = {dim}, got {num_heads}")
+        check_heads(dim, num_heads)
         self.num_heads = num_heads
         self.qkv = Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.proj = Linear(dim, dim, **dd)

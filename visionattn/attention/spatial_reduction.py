@@ -1,19 +1,21 @@
 """Attention of PVT to a map reduced by a strided convolution. B batch, H rows, W columns, C channels."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from visionattn.layers.blocks import Linear
-from visionattn.layers.norms import fold_before, folded
+from visionattn.layers.checks import check_heads, check_map
+from visionattn.layers.norms import check_foldable, fold_before, fold_into
+from visionattn.layers.tracing import opaque
 
 __all__ = ["SpatialReductionAttention"]
 
 
-@register_notrace_module  # whether it pads depends on the size of the map
+@opaque  # whether it pads depends on the size of the map
 class SpatialReductionAttention(nn.Module):
     """Softmax attention of every position to squares of ``sr_ratio`` positions a side (PVT, arXiv 2102.12122).
 
@@ -42,8 +44,7 @@ class SpatialReductionAttention(nn.Module):
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        if num_heads < 1 or dim % num_heads:
-            raise ValueError(f"num_heads must divide dim = {dim}, got {num_heads}")
+        check_heads(dim, num_heads)
         if sr_ratio < 1:
             raise ValueError(f"sr_ratio must be positive, got {sr_ratio}")
         self.num_heads = num_heads
@@ -55,9 +56,10 @@ class SpatialReductionAttention(nn.Module):
         self.proj = Linear(dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_map(x)
         B, H, W, C = x.shape
         h = self.num_heads
-        q = self.q(x).reshape(B, H * W, h, -1).transpose(1, 2)
+        q = self.q(x).flatten(1, 2).unflatten(-1, [h, -1]).transpose(1, 2)
         reduced = x
         if self.sr_ratio > 1:
             maps = x.permute(0, 3, 1, 2)
@@ -72,12 +74,8 @@ class SpatialReductionAttention(nn.Module):
     @torch.no_grad()
     def fold_input(self, scale: Tensor, shift: Tensor) -> None:
         """Take over an affine map of the input, ``x * scale + shift`` per channel, and that of the inner norm."""
+        source = self.kv if self.sr_ratio == 1 else self.sr
+        check_foldable(self.q, source)
         fold_before(self.q, scale, shift)
-        if self.sr_ratio == 1:
-            fold_before(self.kv, scale, shift)
-            return
-        fold_before(self.sr, scale, shift)
-        affine = folded(self.norm)
-        if affine is not None:
-            fold_before(self.kv, *affine)
-            self.norm = nn.Identity()
+        fold_before(source, scale, shift)
+        self.norm = fold_into(self.norm, partial(fold_before, self.kv))

@@ -1,18 +1,23 @@
 """Window attention of Swin. B batch, H rows, W columns, C channels, h heads, D head dim."""
 
 import torch
-from timm.layers import register_notrace_module, trunc_normal_
+from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from visionattn.attention.mixer import Mixer, unknown_size
 from visionattn.kernels import window_attention, window_attention_export
 from visionattn.kernels.window import MASKED
+from visionattn.layers.blocks import Linear, crop, pad_to_multiple
+from visionattn.layers.checks import check_map
+from visionattn.layers.intact import intact
+from visionattn.layers.norms import check_foldable
 from visionattn.layers.switches import built_for_export
+from visionattn.layers.tracing import opaque
 
 __all__ = ["WindowAttention"]
 
 
-@register_notrace_module  # whether it pads and shifts depends on the size of the map
+@opaque  # whether it pads and shifts depends on the size of the map
 class WindowAttention(Mixer):
     """Softmax attention within windows, with a learned bias per distance (Swin, arXiv 2103.14030).
 
@@ -63,11 +68,18 @@ class WindowAttention(Mixer):
         trunc_normal_(self.relative_position_bias_table, std=0.02)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None, stream: Tensor | None = None) -> Tensor:
+        check_map(x)
         H, W = x.shape[1], x.shape[2]
         h, D = self.num_heads, self.head_dim
+        bias = self.padding
+        if bias is None:
+            if torch.jit.is_scripting():
+                x = pad_to_multiple(x, self.window_size)
+            elif intact(self.qkv, Linear):
+                bias = self.qkv.bias  # zeros in front of the projection are its bias behind it
+            else:
+                x = pad_to_multiple(x, self.window_size)
         qkv = self.qkv(x).unflatten(-1, [3, h, D])
-        # Zeros in front of the projection are its bias behind it.
-        bias = self.padding if self.padding is not None else self.qkv.bias
         padding = None if bias is None else bias.view(3, h, D)
         window = [self.window_size, self.window_size]
         if torch.jit.is_scripting():
@@ -77,7 +89,7 @@ class WindowAttention(Mixer):
             y = window_attention_export(qkv, window, shifts, table, padding, self.masked, scale)
         else:
             y = self._fused(qkv, H, W, window, padding)
-        return self.proj_drop(self.proj(y.flatten(3)))
+        return self.proj_drop(self.proj(crop(y.flatten(3), H, W)))
 
     @torch.jit.unused
     def _fused(self, qkv: Tensor, H: int, W: int, window: list[int], padding: Tensor | None) -> Tensor:
@@ -107,6 +119,7 @@ class WindowAttention(Mixer):
 
     @torch.no_grad()
     def fold_input(self, scale: Tensor, shift: Tensor) -> None:
+        check_foldable(self.qkv)
         if self.qkv.bias is not None:
             self.padding = self.qkv.bias.clone() if self.padding is None else self.padding
         else:

@@ -19,6 +19,8 @@ from visionattn.convert.blocks import GridBlock, MapBlock, MapSize, TokenBlock, 
 from visionattn.convert.report import Replacement
 from visionattn.hosts.parts import MixerArgs, mixers
 from visionattn.layers.blocks import Linear
+from visionattn.layers.intact import hooked
+from visionattn.layers.tracing import mark_opaque
 
 __all__ = ["replace_attention"]
 
@@ -28,7 +30,6 @@ SUPPORTED = (
 )
 PARTS = ("qkv", "proj", "proj_drop", "attn_drop", "softmax")  # of attention that can be replaced
 TABLE = "relative_position_bias_table"
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 DECIDED = {"dim", "num_heads", "device", "dtype", "proj_drop", "stream"}  # by the model, beside what a mixer is told
 
 
@@ -232,6 +233,7 @@ def replace_attention(
         for module in model.modules():
             if type(module) is nn.Linear:
                 module.__class__ = Linear
+                mark_opaque(module)
     new = {name: tuple(p.shape) for name, p in after.items() if name not in before}
     dropped = {name: tuple(p.shape) for name, p in before.items() if name not in after}
     return Replacement(
@@ -274,7 +276,7 @@ def _problems(site: _Site) -> Iterator[str]:
         yield f"its {heads} heads have {attn.qkv.out_features // 3} channels together, not {dim}"
     elif abs(attn.scale * (dim // heads) ** 0.5 - 1) > 1e-6:
         yield f"scale is {attn.scale}, not head dim ** -0.5"
-    if any(getattr(part, hooks) for part in attn.modules() for hooks in HOOKS):
+    if any(hooked(part) for part in attn.modules()):
         yield "its hooks would be lost"
 
 

@@ -9,6 +9,8 @@ from timm.models._features import feature_take_indices  # private names of timm 
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
+from visionattn.frames.arguments import checked
+from visionattn.layers.checks import check_images
 from visionattn.weights.pretrained import with_weights
 
 __all__ = ["Backbone", "Pyramid", "Stage", "build_backbone", "feature_take_indices", "update_model_input_size"]
@@ -65,6 +67,11 @@ class Backbone(nn.Module):
     """
 
     norm_fits_every_stage = False
+
+    def __init_subclass__(cls, **kwargs) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            cls.__init__ = checked(cls.__init__)
 
     def __init__(
         self,
@@ -162,6 +169,7 @@ class Backbone(nn.Module):
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         last = len(self.stages) - 1
         intermediates = []
+        check_images(x)
         x = self.stem(x)
         for i, stage in enumerate(self.stages):
             if stop_early and i > max_index:
@@ -203,7 +211,13 @@ class Backbone(nn.Module):
         return take_indices
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images [B, in_chans, H, W] to unpooled features [B, num_features, H', W']."""
+        """Images [B, in_chans, H, W] to unpooled features [B, num_features, H', W'].
+
+        Raises:
+            ValueError: If ``x`` is no tensor of images.
+        """
+        if not torch.jit.is_scripting():
+            check_images(x)
         x = self.stem(x)
         x = self.stages(x)
         return self.norm(x)

@@ -11,6 +11,7 @@ from timm.models import checkpoint, checkpoint_seq
 from torch import Tensor, nn
 
 from visionattn.frames.backbone import Backbone, feature_take_indices, update_model_input_size
+from visionattn.layers.checks import check_images
 from visionattn.layers.patch_embed import PatchEmbed, PrefixPatchEmbed
 
 __all__ = ["Isotropic", "PrefixIsotropic", "TokenHead"]
@@ -170,6 +171,7 @@ class Isotropic(Backbone):
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         last = len(self.stages) - 1
         taps = []
+        check_images(x)
         x, *size = self._embed(x)
         for i, block in enumerate(self.stages):
             if stop_early and i > max_index:
@@ -196,6 +198,8 @@ class Isotropic(Backbone):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images [B, in_chans, H', W'] to unpooled features [B, H, W, num_features]."""
+        if not torch.jit.is_scripting():
+            check_images(x)
         x = self.stem(x)
         if self.grad_checkpointing and not torch.jit.is_scripting():
             x = checkpoint_seq(self.stages, x)
@@ -238,6 +242,8 @@ class PrefixIsotropic(Isotropic):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images [B, in_chans, H', W'] to unpooled features [B, P + N, num_features]."""
+        if not torch.jit.is_scripting():
+            check_images(x)
         x, size = self.stem(x)
         for block in self.stages:
             if self.grad_checkpointing and not torch.jit.is_scripting():

@@ -6,15 +6,16 @@ from inspect import signature
 
 import torch
 import torch.nn.functional as F
-from timm.layers import is_exporting, register_notrace_module, trunc_normal_
+from timm.layers import is_exporting, trunc_normal_
 from torch import Tensor, nn
 
 from visionattn.attention.mixer import MixerLike, find_mixer
 from visionattn.frames.backbone import Backbone
 from visionattn.kernels import channels_last
 from visionattn.layers.blocks import ScaledResidual
-from visionattn.layers.norms import create_norm, fold_after, fold_before, folded
+from visionattn.layers.norms import create_norm, fold_after, fold_before, fold_into, folded
 from visionattn.layers.patch_embed import at_least
+from visionattn.layers.tracing import opaque
 
 __all__ = ["Block", "Host", "MixerArgs", "StreamBlock", "StridedConv", "TokenBlock", "mixers", "norm_factory"]
 
@@ -59,11 +60,8 @@ class Block(nn.Module):
     @torch.jit.ignore
     def reparameterize(self) -> None:
         """Fold norms that are affine in evaluation into the layers behind them."""
-        for name, fold in (("norm1", self.attn.fold_input), ("norm2", partial(fold_before, self.mlp.fc1))):
-            affine = folded(getattr(self, name))
-            if affine is not None:
-                fold(*affine)
-                setattr(self, name, nn.Identity())
+        self.norm1 = fold_into(self.norm1, getattr(self.attn, "fold_input", None))
+        self.norm2 = fold_into(self.norm2, partial(fold_before, getattr(self.mlp, "fc1", None)))
 
 
 class StreamBlock(Block):
@@ -83,7 +81,7 @@ class TokenBlock(Block):
         return self.residual2(x, self.mlp(self.norm2(x)))
 
 
-@register_notrace_module  # whether it pads depends on the size of the map
+@opaque  # whether it pads depends on the size of the map
 class StridedConv(nn.Module):
     """Convolution with stride, then norm; [B, in_chans, H, W] to [B, dim, H', W'].
 
@@ -139,10 +137,7 @@ class StridedConv(nn.Module):
     @torch.jit.ignore
     def reparameterize(self) -> None:
         """Fold a norm that is affine in evaluation into the convolution."""
-        affine = folded(self.norm)
-        if affine is not None:
-            fold_after(self.proj, *affine)
-            self.norm = nn.Identity()
+        self.norm = fold_into(self.norm, partial(fold_after, self.proj))
 
 
 class Host(Backbone):
@@ -169,14 +164,11 @@ class Host(Backbone):
         for module in list(self.modules())[1:]:
             if hasattr(module, "reparameterize"):
                 module.reparameterize()
-        affine = folded(self.norm)
-        if affine is not None:
-            pool = getattr(self.head, "pool_type", None) or self.head.global_pool.pool_type
-            if isinstance(self.head.fc, nn.Linear) and pool in ("avg", "token"):  # which commute with the norm
-                fold_before(self.head.fc, *affine)
-                self.norm = nn.Identity()
-            else:
-                self.norm = self.norm.fuse()
+        pool = getattr(self.head, "pool_type", None) or self.head.global_pool.pool_type
+        if pool in ("avg", "token"):  # which commute with the norm
+            self.norm = fold_into(self.norm, partial(fold_before, self.head.fc))
+        elif folded(self.norm) is not None:
+            self.norm = self.norm.fuse()
 
 
 def norm_factory(kind: str, eps: float, norm_args: Mapping[str, object] | None = None) -> Factory:

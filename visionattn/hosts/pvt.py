@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
-from timm.layers import ClassifierHead, calculate_drop_path_rates, register_notrace_module, to_2tuple, trunc_normal_
+from timm.layers import ClassifierHead, calculate_drop_path_rates, to_2tuple, trunc_normal_
 from torch import Tensor, nn
 
 from visionattn.attention import SpatialReductionAttention
@@ -16,6 +16,7 @@ from visionattn.attention.mixer import MixerLike
 from visionattn.frames.backbone import Pyramid, Stage
 from visionattn.hosts.parts import Block, Host, MixerArgs, StridedConv, mixers, norm_factory
 from visionattn.layers.blocks import DepthwiseConv, Linear, Mlp, Unused, in_slices, resize_table
+from visionattn.layers.tracing import opaque
 
 __all__ = ["PVT", "PVTv2"]
 
@@ -23,7 +24,7 @@ EPS = 1e-6  # of the layer norms of blocks
 PATCH_EPS = 1e-5
 
 
-@register_notrace_module  # whether it resizes depends on the size of the map
+@opaque  # whether it resizes depends on the size of the map
 class PositionedPatches(StridedConv):
     """Patches side by side, norm, and an embedding of positions that is resized bilinearly to other maps."""
 
@@ -47,6 +48,7 @@ class ConvMlp(nn.Module):
     def __init__(self, dim: int, hidden: int, drop: float = 0.0, device=None, dtype=None) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
+        self.hidden = hidden
         self.fc1 = Linear(dim, hidden, **dd)
         self.dwconv = DepthwiseConv(hidden, 3, **dd)
         self.act = nn.GELU()
@@ -64,7 +66,7 @@ class ConvMlp(nn.Module):
 
     @torch.jit.unused
     def _sliced(self, x: Tensor) -> Tensor:
-        return in_slices(self._mlp, x, self.fc1.out_features, self.fc1.in_features)
+        return in_slices(self._mlp, x, self.hidden, x.shape[-1])
 
 
 class PVT(Host, Pyramid):

@@ -4,10 +4,11 @@ Paper: "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows"
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ClassifierHead, calculate_drop_path_rates, is_exporting, register_notrace_module, to_2tuple
+from timm.layers import ClassifierHead, calculate_drop_path_rates, is_exporting, to_2tuple
 from torch import Tensor, nn
 
 from visionattn.attention import WindowAttention
@@ -15,14 +16,15 @@ from visionattn.attention.mixer import MixerLike
 from visionattn.frames.backbone import Pyramid, Stage
 from visionattn.hosts.parts import Block, Factory, Host, MixerArgs, StridedConv, mixers, norm_factory
 from visionattn.layers.blocks import Linear, Mlp
-from visionattn.layers.norms import fold_before, folded
+from visionattn.layers.norms import fold_before, fold_into
+from visionattn.layers.tracing import opaque
 
 __all__ = ["PatchMerging", "Swin"]
 
 EPS = 1e-5  # of every layer norm
 
 
-@register_notrace_module  # whether it pads depends on the size of the map
+@opaque  # whether it pads depends on the size of the map
 class PatchMerging(nn.Module):
     """Squares of 2x2 positions side by side, norm, linear map to half of their channels; [B, dim, H, W].
 
@@ -56,10 +58,7 @@ class PatchMerging(nn.Module):
     @torch.jit.ignore
     def reparameterize(self) -> None:
         """Fold a norm that is affine in evaluation into the linear map, which gets a bias."""
-        affine = folded(self.norm)
-        if affine is not None:
-            fold_before(self.reduction, *affine)
-            self.norm = nn.Identity()
+        self.norm = fold_into(self.norm, partial(fold_before, self.reduction))
 
 
 class Swin(Host, Pyramid):

@@ -4,11 +4,14 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, register_notrace_function, register_notrace_module
+from timm.layers import DropPath, register_notrace_function
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from visionattn.kernels import crop_map, depthwise_conv2d, linear, pad_map
+from visionattn.layers.intact import hooked
 from visionattn.layers.switches import built_for_export
+from visionattn.layers.tracing import opaque
 
 __all__ = [
     "DepthwiseConv",
@@ -46,9 +49,10 @@ def in_slices(branch: Callable[[Tensor], Tensor], x: Tensor, widest: int, channe
     """``branch(x)``, a few samples at a time where that keeps its widest map in the CPU's cache.
 
     Only inference on a CPU is sliced: training keeps every map anyway, and compilers and exporters get the whole batch.
+    So do hooks of the modules in ``branch``.
 
     Args:
-        branch: Function of each sample alone, such as an MLP.
+        branch: Function of each sample alone, such as an MLP: a module, or a method of one.
         x: Batch of maps, [B, C, H, W] or with the channels elsewhere.
         widest: Channels of the widest map inside ``branch``, at the resolution of ``x``.
         channels: Channels of ``x``, if they are not its axis 1.
@@ -60,12 +64,31 @@ def in_slices(branch: Callable[[Tensor], Tensor], x: Tensor, widest: int, channe
     samples = max(1, SLICE_BYTES // max(1, widest * positions * x.element_size()))
     if samples >= len(x):
         return branch(x)
+    owner = getattr(branch, "__self__", branch)
+    if _has_any_global_hook() or any(hooked(module) for module in owner.modules()):
+        return branch(x)
     return torch.cat([branch(part) for part in x.split(samples)])
 
 
-@register_notrace_module  # which operator runs depends on the tensor
-class Linear(nn.Linear):
+class _AsLinear(type):
+    """Makes ``Linear``, not its subclasses, equal to ``nn.Linear`` as a class: ``Linear == nn.Linear``.
+
+    torch.ao and others find layers to replace by class, in tables and lists that hold ``nn.Linear``. A subclass would
+    be passed over without a word, though what ``Linear`` computes is what they expect.
+    """
+
+    def __eq__(cls, other: object) -> bool:
+        return cls is other or (other is nn.Linear and cls.__base__ is nn.Linear)
+
+    def __hash__(cls) -> int:
+        return type.__hash__(nn.Linear if cls.__base__ is nn.Linear else cls)
+
+
+@opaque  # which operator runs depends on the tensor
+class Linear(nn.Linear, metaclass=_AsLinear):
     """``nn.Linear`` that float32 on a CPU runs as the 1x1 convolution of oneDNN, the same matrix product.
+
+    As a class it equals ``nn.Linear``, so that ``quantize_dynamic(model, {nn.Linear})`` replaces it.
 
     Measured on an AMD EPYC at the shapes of NAT-Tiny: forward 1.9 to 2.6 times, forward and backward 1.3 to 2 times the
     speed of ``F.linear``, which is MKL's; compiled blocks of it run 1.2 to 1.5 times as fast.
@@ -79,10 +102,13 @@ class Linear(nn.Linear):
 
     @torch.jit.unused
     def _fastest(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        weight = self.weight
+        if type(weight) not in (nn.Parameter, Tensor):  # quantized or distributed: what such a tensor knows is F.linear
+            return F.linear(x, weight, self.bias)
+        return linear(x, weight, self.bias)
 
 
-@register_notrace_module  # which operator runs depends on the tensor
+@opaque  # which operator runs depends on the tensor
 class DepthwiseConv(nn.Conv2d):
     """Depthwise convolution with bias that keeps the size of maps with the channels last. [B, H, W, dim]
 
@@ -124,6 +150,7 @@ class Mlp(nn.Module):
     def __init__(self, dim: int, hidden: int, drop: float = 0.0, device=None, dtype=None) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
+        self.hidden = hidden
         self.fc1 = Linear(dim, hidden, **dd)
         self.act = nn.GELU()
         self.fc2 = Linear(hidden, dim, **dd)
@@ -140,7 +167,7 @@ class Mlp(nn.Module):
 
     @torch.jit.unused
     def _sliced(self, x: Tensor) -> Tensor:
-        return in_slices(self._mlp, x, self.fc1.out_features, self.fc1.in_features)
+        return in_slices(self._mlp, x, self.hidden, x.shape[-1])
 
 
 class ScaledResidual(nn.Module):
@@ -247,7 +274,7 @@ def resize_table(table: Tensor, H: int, W: int, mode: str) -> Tensor:
     return F.interpolate(precise.contiguous(), size=[H, W], mode=mode, align_corners=False).to(table.dtype)
 
 
-@register_notrace_module  # a traced graph would keep the mode it was traced in
+@opaque  # a traced graph would keep the mode it was traced in
 class Unused(nn.Module):
     """Parameters that a release holds and its forward pass leaves out, so that checkpoints stay whole.
 

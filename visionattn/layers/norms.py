@@ -4,13 +4,29 @@ RepBN(x) = BN(x) + alpha * x
 PRepBN(x) = lambda * LN(x) + (1 - lambda) * RepBN(x), lambda falling from 1 to 0 while training
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
-__all__ = ["Affine", "PRepBN", "RepBN", "create_norm", "estimate_statistics", "fold_after", "fold_before", "folded"]
+from visionattn.layers.intact import hooked, intact
+from visionattn.layers.tracing import opaque
+
+__all__ = [
+    "Affine",
+    "FoldError",
+    "PRepBN",
+    "RepBN",
+    "check_foldable",
+    "create_norm",
+    "estimate_statistics",
+    "fold_after",
+    "fold_before",
+    "fold_into",
+    "folded",
+]
 
 NORMS = ("layernorm", "repbn", "prepbn")
 
@@ -54,7 +70,7 @@ class RepBN(nn.Module):
         nn.init.ones_(self.alpha)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training and not self.bn.training:
+        if not self.training and not self.bn.training and self.plain():
             scale, shift = self.affine()
             return _affine(x, scale, shift, self.nchw)
         y = x.permute(0, 2, 3, 1) if self.nchw else x
@@ -62,6 +78,13 @@ class RepBN(nn.Module):
         if self.nchw:
             y = y.permute(0, 3, 1, 2)
         return torch.addcmul(y, x, self.alpha.to(x.dtype))
+
+    def plain(self) -> bool:
+        """Whether the batch norm is nothing but its weights and statistics."""
+        if torch.jit.is_scripting():
+            return True
+        else:
+            return intact(self.bn, nn.BatchNorm1d) or intact(self.bn, nn.SyncBatchNorm)
 
     def affine(self) -> tuple[Tensor, Tensor]:
         """Scale and shift of every channel in evaluation. [C], [C]"""
@@ -75,6 +98,7 @@ class RepBN(nn.Module):
         return Affine(*self.affine(), self.nchw)
 
 
+@opaque  # a traced graph would keep the step of the schedule
 class PRepBN(nn.Module):
     """Layer norm that turns into RepBN: in training ``lerp(RepBN(x), LN(x), step / total_step)``, then RepBN alone.
 
@@ -146,6 +170,10 @@ class PRepBN(nn.Module):
         share = self.share.clone().to(x.dtype)  # the next pass may come before the backward pass of this one
         return torch.lerp(self.norm2(x), self.norm1(x).to(x.dtype), share)
 
+    def plain(self) -> bool:
+        """Whether the batch norm is nothing but its weights and statistics."""
+        return self.norm2.plain()
+
     def affine(self) -> tuple[Tensor, Tensor]:
         """Scale and shift of every channel in evaluation. [C], [C]"""
         return self.norm2.affine()
@@ -210,15 +238,61 @@ def estimate_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None:
         module.training = training
 
 
+class FoldError(ValueError):
+    """An affine map cannot be folded into a layer."""
+
+
+def check_foldable(*layers: nn.Module) -> None:
+    """Check that layers are linear in weights of their own: no adapter, hook or parametrization makes others of them.
+
+    Raises:
+        FoldError: Naming the class of the first that is not.
+    """
+    for layer in layers:
+        linear = isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d)) and not is_parametrized(layer)
+        if not linear or hooked(layer) or "weight" not in layer._parameters:
+            raise FoldError(
+                f"layer must be nn.Linear or a convolution without hooks and parametrizations, got {type(layer)}"
+            )
+
+
 def folded(norm: nn.Module) -> tuple[Tensor, Tensor] | None:
     """Scale and shift of a norm that is affine in evaluation, None for other modules."""
     with torch.no_grad():
-        return norm.affine() if isinstance(norm, (RepBN, PRepBN)) else None
+        return norm.affine() if isinstance(norm, (RepBN, PRepBN)) and norm.plain() else None
+
+
+def fold_into(norm: nn.Module, fold: Callable[[Tensor, Tensor], None] | None) -> nn.Module:
+    """Fold a norm that is affine in evaluation into the layer beside it.
+
+    Args:
+        norm: Any module.
+        fold: Lets the layer take over scale and shift, such as a partial of ``fold_before``; None if nothing can.
+
+    Returns:
+        What takes the place of the norm: ``nn.Identity``, its ``Affine`` where the layer cannot take it over, and
+        ``norm`` itself where it is no such norm.
+    """
+    affine = folded(norm)
+    if affine is None:
+        return norm
+    try:
+        if fold is not None:
+            fold(*affine)
+            return nn.Identity()
+    except FoldError:
+        pass
+    return norm.fuse()
 
 
 @torch.no_grad()
 def fold_before(layer: nn.Linear | nn.Conv2d, scale: Tensor, shift: Tensor) -> None:
-    """Let a layer compute of ``x`` what it computed of ``x * scale + shift``. A convolution must not pad."""
+    """Let a layer compute of ``x`` what it computed of ``x * scale + shift``. A convolution must not pad.
+
+    Raises:
+        FoldError: If the layer has other weights than its own. Nothing is changed then.
+    """
+    check_foldable(layer)
     weight = layer.weight
     extra = [1] * (weight.dim() - 2)
     bias = (weight * shift.reshape(-1, *extra)).flatten(1).sum(1)
@@ -228,7 +302,12 @@ def fold_before(layer: nn.Linear | nn.Conv2d, scale: Tensor, shift: Tensor) -> N
 
 @torch.no_grad()
 def fold_after(layer: nn.Linear | nn.Conv2d, scale: Tensor, shift: Tensor) -> None:
-    """Let a layer return ``y * scale + shift`` per channel of what it returned."""
+    """Let a layer return ``y * scale + shift`` per channel of what it returned.
+
+    Raises:
+        FoldError: If the layer has other weights than its own. Nothing is changed then.
+    """
+    check_foldable(layer)
     weight = layer.weight
     layer.weight = nn.Parameter(weight * scale.reshape(-1, *[1] * (weight.dim() - 1)), weight.requires_grad)
     bias = shift if layer.bias is None else torch.addcmul(shift, layer.bias, scale)

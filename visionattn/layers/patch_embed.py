@@ -12,8 +12,15 @@ from timm.layers import register_notrace_function, resample_abs_pos_embed_nhwc, 
 from torch import Tensor, nn
 
 from visionattn.kernels import channels_last
+from visionattn.layers.tracing import opaque
 
-__all__ = ["PatchEmbed", "PrefixPatchEmbed", "position_embedding", "resize_position_embedding"]
+__all__ = ["PatchEmbed", "PrefixPatchEmbed", "position_embedding", "resize_position_embedding", "shortfall"]
+
+
+def shortfall(size: int, wanted: int) -> int:
+    """``max(wanted - size, 0)`` without a comparison that would fix the size of a map in a recorded graph."""
+    missing = wanted - size
+    return missing.clamp(min=0) if isinstance(missing, Tensor) else torch.sym_max(missing, 0)  # one of torch.jit.trace
 
 
 @register_notrace_function
@@ -45,6 +52,7 @@ def position_embedding(table: Tensor, size: tuple[int, int], height: int, width:
     return grid if prefix == 0 else torch.cat([table[:, :prefix], grid], 1)
 
 
+@opaque  # whether it pads and resamples depends on the size of the image
 class _Patches(nn.Module):
     """What both patch embeddings share: projection, embedding of positions, prefix tokens, another image size."""
 

@@ -5,13 +5,13 @@ Shapes: B batch, H W rows and columns, C channels, P positions to sample.
 
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from visionattn.kernels import exporting
 from visionattn.layers.blocks import Linear
 from visionattn.layers.patch_embed import at_least
 from visionattn.layers.switches import built_for_export
+from visionattn.layers.tracing import opaque
 
 __all__ = ["DeformableTokenMerging", "bilinear_sample"]
 
@@ -55,7 +55,7 @@ def _weighted_rows(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
     return out.to(x.dtype)
 
 
-@register_notrace_module  # how it samples depends on the tensor
+@opaque  # how it samples depends on the tensor
 class DeformableTokenMerging(nn.Module):
     """``gelu(norm(deformable_conv(x)))`` with a 2x2 kernel and stride 2: half the map, other channels (LITv2).
 
@@ -72,6 +72,7 @@ class DeformableTokenMerging(nn.Module):
         dd = {"device": device, "dtype": dtype}
         super().__init__()
         self.exportable = built_for_export()
+        self.sampled = 4 * dim
         self.conv_offset = nn.Conv2d(dim, 8, 2, stride=2, **dd)
         self.proj = Linear(4 * dim, out_dim, **dd)  # of the four sampled pixels side by side, tap by tap
         self.norm = nn.BatchNorm2d(out_dim, **dd)
@@ -107,7 +108,7 @@ class DeformableTokenMerging(nn.Module):
             y = bilinear_sample(pixels, rows, columns)
         else:
             y = self._sample(pixels, rows, columns)
-        y = self.proj(y.reshape(B, h, w, self.proj.in_features)).permute(0, 3, 1, 2)
+        y = self.proj(y.reshape(B, h, w, self.sampled)).permute(0, 3, 1, 2)
         if not torch.jit.is_scripting():
             if exporting():
                 y = y.contiguous()  # else the order of the strides is looked at, which would fix the size
@@ -118,7 +119,7 @@ class DeformableTokenMerging(nn.Module):
         if x.is_meta or not torch.is_autocast_enabled(x.device.type):
             return self.conv_offset(x)
         with torch.autocast(x.device.type, enabled=False):
-            return self.conv_offset(x.to(self.conv_offset.weight.dtype))
+            return self.conv_offset(x.to(next(self.conv_offset.parameters()).dtype))
 
     @torch.jit.unused
     def _sample(self, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
