@@ -5,6 +5,7 @@ import tarfile
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from timm.data.auto_augment import NAME_TO_OP
@@ -294,8 +295,9 @@ def test_a_test_folder_without_classes_is_refused_with_the_way_out(folder):
 @pytest.mark.parametrize("command, split", [("test", "test"), ("validate", "val")])
 def test_scores_say_which_images_they_are_of(folder, tmp_path, capsys, command, split):
     shutil.copytree(folder / "train", folder / "test")
+    torch.save(timm.create_model("test_resnet", num_classes=3).state_dict(), weights := tmp_path / "weights.pth")
     model = ["--model.name=test_resnet", f"--data.root={folder}", "--data.img_size=32", "--data.num_workers=0"]
-    run([command, "--data=Images", *model, f"--out={tmp_path / 'out'}"])
+    run([command, "--data=Images", *model, f"--model.weights={weights}", f"--out={tmp_path / 'out'}"])
     assert f"{split} scores are of {folder / split}\n" in capsys.readouterr().out
 
 
