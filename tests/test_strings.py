@@ -6,13 +6,16 @@ import re
 from tests.test_architecture import sources
 
 US = "a literal in this file"
+OURS = "whoever installs the package: the names of its own files"
 PLACES = {
     "visionattn.attention.mixer": "anyone: short names, layers of ours, or what the user lists in VISIONATTN_MIXERS",
+    "visionattn.backbones": OURS,
+    "visionattn.benchmark.models": OURS,
     "visionattn.kernels.common.flops": US,
     "visionattn.kernels.neighborhood.natten": US,
     "visionattn.train.dense.heads": US,
     "visionattn.train.cli": "the user's command: a configuration given to the command line is code",
-    "visionattn.weights.plain": "nobody: a file that names a class is refused",
+    "visionattn.weights.limits": "nobody: a file that names a class is refused",
     "visionattn.weights.read": "anyone: what a pickle names is never looked up beyond PyTorch's weights_only list",
 }
 CALLS = {"import_module", "__import__", "eval", "exec", "get_class", "import_object", "torch_load", "unsafe_load"}

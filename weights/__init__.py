@@ -7,7 +7,7 @@ seen        that a download stays what it was when it was first of use
 files       what a file is by its first bytes, before any reader is let near it
 read        tensors out of a stranger's file, of which nothing runs
 numbers     NumPy's numbers in them, which NumPy itself must not read
-plain       what they may say beside their tensors
+limits      what they may say beside their tensors
 rename      from the parameter names of a release to ours
 families    which function renames a model's releases
 load        into a network that is there, completely or not at all

@@ -4,7 +4,7 @@ A card has ``name``, ``model_args``, ``num_classes``, ``class_names`` and ``prep
 detector also has a ``task``. It lies in the metadata of a safetensors file, or beside the weights in a checkpoint.
 
 Whoever made the file wrote its card. So a card names models that are installed and no other place to look, holds
-nothing but text and numbers (:mod:`visionattn.weights.plain`), and asks for no more parameters than its file has room
+nothing but text and numbers (:mod:`visionattn.weights.limits`), and asks for no more parameters than its file has room
 for; all of that is known before anything is built.
 """
 
@@ -22,7 +22,7 @@ from torch import nn
 
 from visionattn.errors import one_line, some
 from visionattn.weights.errors import WeightsError
-from visionattn.weights.plain import check_sizes, plain
+from visionattn.weights.limits import check_sizes, limited
 from visionattn.weights.read import local_file, read_checkpoint
 
 __all__ = [
@@ -97,7 +97,7 @@ def run_settings(content: dict[str, Any], path: str) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise WeightsError(f"{path} has a {type(settings).__name__} as hyper-parameters: it is of no run of train.py")
     settings = {key: value for key, value in settings.items() if not str(key).startswith("_")}
-    settings = plain(settings, f"the hyper-parameters in {path}")
+    settings = limited(settings, f"the hyper-parameters in {path}")
     for key, value in settings.items():
         if key.endswith("_args") and isinstance(value, dict):
             check_sizes(value, path)
@@ -116,7 +116,7 @@ def checked(card: Any, path: str) -> dict[str, Any]:
     Raises:
         WeightsError: Saying what no file may.
     """
-    card = plain(card, f"the description in {path}", most=300_000)  # ImageNet-22k has as many names
+    card = limited(card, f"the description in {path}", most=300_000)  # ImageNet-22k has as many names
     if not isinstance(card, dict):
         raise WeightsError(f"{path} describes its model by a {type(card).__name__}: use a checkpoint of train.py")
     if wrong := [key for key, kind in KINDS.items() if key in card and not isinstance(card[key], kind)]:

@@ -12,11 +12,11 @@ from visionattn.errors import one_line, some
 from visionattn.weights.card import parameters, read_metadata
 from visionattn.weights.errors import WeightsError
 from visionattn.weights.families import Filter, release_filter
+from visionattn.weights.limits import check_sizes, limited
 from visionattn.weights.load import classifiers
 from visionattn.weights.locate import added_file, locate
 from visionattn.weights.manifest import checkpoints
 from visionattn.weights.options import settings
-from visionattn.weights.plain import check_sizes, plain
 from visionattn.weights.read import read_weights
 from visionattn.weights.seen import note_seen
 
@@ -95,7 +95,7 @@ def refuse_greed(variant: str, kwargs: dict[str, Any]) -> None:
     cfg, what = kwargs.get("pretrained_cfg"), f"the configuration of {variant}"
     if not isinstance(cfg, dict) or cfg.get("source") not in ("hf-hub", "local-dir"):
         return
-    saved = plain(kwargs.get("pretrained_model_args") or {}, what)  # timm's name for what the file says
+    saved = limited(kwargs.get("pretrained_model_args") or {}, what)  # timm's name for what the file says
     check_sizes(saved | {key: cfg[key] for key in ("num_classes", "input_size") if cfg.get(key)}, what)
     if saved and (wanted := parameters(variant, saved)) > MOST_PARAMETERS:
         raise WeightsError(f"{what} asks for {wanted} parameters: files may ask for {MOST_PARAMETERS} at most")

@@ -48,7 +48,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         path: A safetensors file, or one that ``torch.save`` wrote.
 
     Returns:
-        Whatever dictionary was saved. Objects of unknown classes are replaced by empty or plain dictionaries.
+        Whatever dictionary was saved. Objects of unknown classes are replaced by empty or ordinary dictionaries.
 
     Raises:
         WeightsError: Saying why the file is not read.
@@ -84,7 +84,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def read_bare_weights(path: str) -> dict[str, Tensor]:
-    """The bare model's weights from timm, plain, safetensors or Lightning files; the averaged ones where there are.
+    """The bare model's weights from files of timm, PyTorch, safetensors or Lightning; the averaged ones where there are.
 
     Raises:
         WeightsError: If there is no such file, it is not read, or holds no tensors.
@@ -152,8 +152,8 @@ def _check_tensors(path: Path, content: Any) -> None:
         if id(value) in seen:  # however often a list repeats another, it is looked at once
             continue
         if isinstance(value, Tensor):
-            plain = type(value) in (Tensor, Parameter) and value.layout is torch.strided and value.device.type == "cpu"
-            if not plain or value.is_quantized or value.dim() > 16:
+            dense = type(value) in (Tensor, Parameter) and value.layout is torch.strided and value.device.type == "cpu"
+            if not dense or value.is_quantized or value.dim() > 16:
                 raise WeightsError(f"{path} holds a tensor of a special kind ({value.layout}): save plain tensors")
             room = max(value.untyped_storage().nbytes(), SMALL)
             if value.numel() * value.element_size() > room:

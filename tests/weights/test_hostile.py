@@ -16,8 +16,8 @@ from visionattn.errors import UserError
 from visionattn.train.cli import run
 from visionattn.weights.card import CARD
 from visionattn.weights.commands.publish import push
+from visionattn.weights.limits import limited
 from visionattn.weights.locate import added_file
-from visionattn.weights.plain import plain
 
 PREPROCESS = dict(input_size=[3, 32, 32], interpolation="bicubic", mean=[0.5] * 3, std=[0.5] * 3, crop_pct=1.0)
 SMALL = dict(embed_dim=8, depth=1, num_heads=1, img_size=32)
@@ -248,7 +248,7 @@ TALES = {
 def test_what_a_file_says_is_looked_at_up_to_a_limit(kind):
     make, reason = TALES[kind]
     with pytest.raises(UserError, match=reason):
-        plain(make(), "w.ckpt")
+        limited(make(), "w.ckpt")
 
 
 GREEDY = {

@@ -70,7 +70,7 @@ class RepBN(nn.Module):
         nn.init.ones_(self.alpha)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training and not self.bn.training and self.plain():
+        if not self.training and not self.bn.training and self.unchanged():
             scale, shift = self.affine()
             return _affine(x, scale, shift, self.nchw)
         y = x.permute(0, 2, 3, 1) if self.nchw else x
@@ -79,7 +79,7 @@ class RepBN(nn.Module):
             y = y.permute(0, 3, 1, 2)
         return torch.addcmul(y, x, self.alpha.to(x.dtype))
 
-    def plain(self) -> bool:
+    def unchanged(self) -> bool:
         """Whether the batch norm is nothing but its weights and statistics."""
         if torch.jit.is_scripting():
             return True
@@ -170,9 +170,9 @@ class PRepBN(nn.Module):
         share = self.share.clone().to(x.dtype)  # the next pass may come before the backward pass of this one
         return torch.lerp(self.norm2(x), self.norm1(x).to(x.dtype), share)
 
-    def plain(self) -> bool:
+    def unchanged(self) -> bool:
         """Whether the batch norm is nothing but its weights and statistics."""
-        return self.norm2.plain()
+        return self.norm2.unchanged()
 
     def affine(self) -> tuple[Tensor, Tensor]:
         """Scale and shift of every channel in evaluation. [C], [C]"""
@@ -259,7 +259,7 @@ def check_foldable(*layers: nn.Module) -> None:
 def folded(norm: nn.Module) -> tuple[Tensor, Tensor] | None:
     """Scale and shift of a norm that is affine in evaluation, None for other modules."""
     with torch.no_grad():
-        return norm.affine() if isinstance(norm, (RepBN, PRepBN)) and norm.plain() else None
+        return norm.affine() if isinstance(norm, (RepBN, PRepBN)) and norm.unchanged() else None
 
 
 def fold_into(norm: nn.Module, fold: Callable[[Tensor, Tensor], None] | None) -> nn.Module:

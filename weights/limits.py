@@ -8,7 +8,7 @@ import numpy as np
 
 from visionattn.weights.errors import WeightsError
 
-__all__ = ["check_sizes", "plain"]
+__all__ = ["check_sizes", "limited"]
 
 DEEPEST = 12  # mappings within mappings
 LONGEST = 1 << 20  # characters of all text together
@@ -19,7 +19,7 @@ MOST_LAYERS = 1024
 SOURCES = re.compile(r"pretrained|checkpoint_path|cache_dir|features_only|feature_c|url$|file$|hf_hub")
 
 
-def plain(value: Any, what: str, most: int = 20_000) -> Any:
+def limited(value: Any, what: str, most: int = 20_000) -> Any:
     """A copy of what a file says, in dictionaries, lists, tuples, text, numbers and None.
 
     Args:
@@ -45,12 +45,12 @@ def plain(value: Any, what: str, most: int = 20_000) -> Any:
                     raise WeightsError(
                         f"{what} has a key of type {type(key).__name__} in {path[:80]}: only text may be one"
                     )
-            return {plain_text(key): copied(item, f"{path}.{key}", depth + 1) for key, item in value.items()}
+            return {checked_text(key): copied(item, f"{path}.{key}", depth + 1) for key, item in value.items()}
         if isinstance(value, list | tuple):
             items = [copied(item, f"{path}[{i}]", depth + 1) for i, item in enumerate(value)]
             return tuple(items) if isinstance(value, tuple) else items
         if isinstance(value, str):
-            return plain_text(value)
+            return checked_text(value)
         if isinstance(value, np.generic):
             value = value.item()
         if value is None or isinstance(value, bool | float) or (isinstance(value, int) and abs(value) < 2**53):
@@ -58,7 +58,7 @@ def plain(value: Any, what: str, most: int = 20_000) -> Any:
         shown = "a number of 2^53 or more" if isinstance(value, int) else type(value).__name__
         raise WeightsError(f"{what} has {shown} at {path[:80]}: only text, numbers, lists and mappings may be there")
 
-    def plain_text(text: str) -> str:
+    def checked_text(text: str) -> str:
         if "class_path" in text or "init_args" in text:
             raise WeightsError(f"{what} names a class to be built ({text[:40]!r}), which no file may: do not use it")
         return text
@@ -70,7 +70,7 @@ def check_sizes(arguments: Mapping[str, Any], what: str) -> None:
     """Refuse arguments of a model that would make it enormous, or that are none of the model itself.
 
     Args:
-        arguments: From a file, after ``plain``.
+        arguments: From a file, after ``limited``.
         what: What to call the file.
 
     Raises:
