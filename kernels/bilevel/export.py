@@ -58,4 +58,4 @@ def dense_attention(
         mask = chosen.index_select(1, of_token[:H, :W].flatten()).index_select(2, of_token.flatten())[:, None]
     q, k, v = (t.flatten(1, 2).transpose(1, 2) for t in (q, k, v))
     out = attend(q, k, v, mask, scale)
-    return out.transpose(1, 2).reshape(B, H, W, h, -1)
+    return out.transpose(1, 2).reshape(B, H, W, h, v.shape[-1])

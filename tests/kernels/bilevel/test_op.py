@@ -222,6 +222,17 @@ def test_regions_come_back_as_the_map():
     torch.testing.assert_close(means[0, 8], x[0, 6:, 8:].mean((0, 1)))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [(4, 6), (16, 15)], ids=str)
+def test_empty_batch(size, backend):
+    for topk in (1, 4):
+        tensors = [torch.randn(0, *size, 2, E, requires_grad=True) for E in (4, 4, 3)]
+        out = bilevel_routing_attention(*tensors, (-(-size[0] // 2), -(-size[1] // 2)), topk, backend=backend)
+        assert out.shape == (0, *size, 2, 3)
+        grads = torch.autograd.grad(out.sum(), tensors)
+        assert [g.shape for g in grads] == [t.shape for t in tensors]
+
+
 x, y = torch.zeros(1, 8, 8, 2, 4), torch.zeros(1, 8, 8, 2, 6)
 ROUTES = torch.zeros(1, 4, 2, dtype=torch.long)
 

@@ -145,6 +145,9 @@ def test_empty_batch():
     (qkv,), rest = make((4, 6), (2, 3), 2, 0, 1, 16, 16, None)
     out = bilevel_attention_triton(*split([qkv]), *rest)
     assert out.shape == (0, 4, 6, 1, 16) and torch.autograd.grad(out.sum(), qkv)[0].shape == qkv.shape
+    for topk in (2, 4):  # all regions of it are PyTorch's attention
+        out = bilevel_routing_attention(*split([qkv]), (2, 3), topk, backend="triton")
+        assert out.shape == (0, 4, 6, 1, 16) and torch.autograd.grad(out.sum(), qkv)[0].shape == qkv.shape
 
 
 def test_operators_pass_opcheck():
