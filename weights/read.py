@@ -84,7 +84,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def read_bare_weights(path: str) -> dict[str, Tensor]:
-    """The bare model's weights from files of timm, PyTorch, safetensors or Lightning; the averaged ones where there are.
+    """The bare model's weights, from any file that holds them; the averaged ones where there are some.
 
     Raises:
         WeightsError: If there is no such file, it is not read, or holds no tensors.

@@ -273,7 +273,7 @@ def test_bad_arguments_are_named(arguments, message):
 
 def test_bad_inputs_are_named():
     layer = BiLevelRoutingAttention(8, 2, kv_downsample_mode="maxpool", kv_downsample_ratio=3)
-    with pytest.raises(ValueError, match=re.escape("x must be [B, H, W, C], got 3 axes")):
+    with pytest.raises(ValueError, match=re.escape("x must be a map [B, H, W, C], got shape")):
         layer(torch.randn(2, 49, 8))
     with pytest.raises(ValueError, match=re.escape("n_win = [7, 7] must divide the map of 15 x 14 positions")):
         layer(torch.randn(2, 15, 14, 8))

@@ -193,5 +193,5 @@ def test_wrong_arguments_raise(change, message):
 
 
 def test_tokens_without_rows_and_columns_raise():
-    with pytest.raises(ValueError, match=r"x must be \[B, H, W, C\], got 3 axes"):
+    with pytest.raises(ValueError, match=r"x must be a map \[B, H, W, C\], got shape"):
         HiLoAttention(8, 4)(torch.randn(1, 16, 8))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from visionattn.kernels import exporting, neighborhood_attention, neighborhood_attention_export
 from visionattn.layers.blocks import Linear
-from visionattn.layers.checks import check_heads
+from visionattn.layers.checks import check_heads, check_tensor
 from visionattn.layers.patch_embed import shortfall
 from visionattn.layers.switches import built_for_export
 from visionattn.layers.tracing import opaque
@@ -112,6 +112,8 @@ class NeighborhoodAttention(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            check_tensor(x, "[B, *spatial, C]")
         if x.dim() != len(self.kernel_size) + 2:
             raise ValueError(f"x must be [B, *spatial, C] with {len(self.kernel_size)} spatial axes, got {x.dim() - 2}")
         spatial = x.shape[1:-1]

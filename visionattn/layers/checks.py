@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.fx import Proxy
 
-__all__ = ["check_counts", "check_heads", "check_images", "check_map", "check_shares", "check_side"]
+__all__ = ["check_counts", "check_heads", "check_images", "check_map", "check_shares", "check_side", "check_tensor"]
 
 
 def check_counts(least: int = 1, **counts: object) -> None:
@@ -46,21 +46,24 @@ def check_map(x: Tensor) -> None:
         if x.dim() != 4:
             raise ValueError(f"x must be a map [B, H, W, C], got {x.dim()} axes")
     else:
-        _check_tensor(x, "a map [B, H, W, C]")
+        _check_axes(x, "a map [B, H, W, C]")
 
 
 def check_images(x: Tensor) -> None:
     """Check that the input of a network is images [B, C, H, W] with pixels."""
-    _check_tensor(x, "images [B, C, H, W]")
+    _check_axes(x, "images [B, C, H, W]")
     if type(x) is Tensor and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
         if x.shape[2] == 0 or x.shape[3] == 0:
             raise ValueError(f"x must be images of at least one pixel, got shape {tuple(x.shape)}")
 
 
-def _check_tensor(x: object, what: str) -> None:
-    if isinstance(x, Proxy):  # of a symbolic tracer, which knows nothing yet
-        return
-    if not isinstance(x, Tensor):
+def check_tensor(x: object, what: str) -> None:
+    """Check that an input is a tensor; ``what`` says which."""
+    if not isinstance(x, (Tensor, Proxy)):  # the latter of a symbolic tracer, which knows nothing yet
         raise ValueError(f"x must be a tensor, {what}, got {type(x).__name__}")
-    if x.dim() != 4:
+
+
+def _check_axes(x: object, what: str) -> None:
+    check_tensor(x, what)
+    if isinstance(x, Tensor) and x.dim() != 4:
         raise ValueError(f"x must be {what}, got shape {tuple(x.shape)}")
