@@ -131,7 +131,8 @@ def test_next_commands_name_the_interpreter_that_runs(monkeypatch, tmp_path):
 
 def test_threads_do_not_spin_unless_asked_to(monkeypatch):
     """OpenMP reads its policy when PyTorch is imported, so the script has to set it before."""
-    code = "import os, runpy, sys; sys.modules['torch'] = None\ntry: runpy.run_path('train.py')\nexcept ImportError: pass\n"
+    code = "import os, runpy, sys; sys.modules['torch'] = None\n"
+    code += "try: runpy.run_path('train.py')\nexcept ImportError: pass\n"
     command = [sys.executable, "-c", f"{code}print(os.environ['OMP_WAIT_POLICY'])"]
     for given, used in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
         monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
