@@ -57,7 +57,7 @@ def test_a_loss_that_is_no_number_ends_training_with_step_and_batch(fit, tmp_pat
 
     forward = Classification.forward
     monkeypatch.setattr(Classification, "forward", spoil)
-    with pytest.raises(UserError, match=r"is nan at step 8, batch 3 of epoch 2, on 32 of its 32.* Saved step 6: go"):
+    with pytest.raises(UserError, match=r"is nan in batch 3 of epoch 2, at step 8, on 32 of its 32.* Saved step 6: go"):
         fit(tmp_path, "--trainer.max_epochs=4")
     assert torch.load(last(tmp_path), weights_only=True)["epoch"] == 0
     assert not (tmp_path / "checkpoints" / "model.safetensors").exists()

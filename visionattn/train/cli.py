@@ -222,6 +222,7 @@ class CLI(LightningCLI):
         callbacks = list(config["trainer"].get("callbacks") or [])
         if self.subcommand == "fit" and not config["trainer"].get("fast_dev_run"):
             kwargs["default_root_dir"] = config["trainer"].get("default_root_dir") or self.out
+            callbacks.append(StopOnSignal())
             if automatic:
                 keep_old_metrics(Path(self.out))
                 kwargs["logger"] = [logger(self.out, name="", version="") for logger in (CSVLogger, TensorBoardLogger)]
@@ -233,8 +234,6 @@ class CLI(LightningCLI):
         if not any(isinstance(callback, ProgressBar) for callback in callbacks):
             kwargs["enable_progress_bar"] = wanted
             callbacks.append(RunBar() if wanted else EpochLines())
-        if self.subcommand == "fit" and kwargs.get("enable_checkpointing", True):  # else Lightning takes no checkpoints
-            callbacks.append(StopOnSignal())
         kwargs["callbacks"] = callbacks
         for name in ("gradient_clip_val", "max_epochs", "max_steps"):
             value, least = config["trainer"].get(name), 0 if name == "gradient_clip_val" else -1

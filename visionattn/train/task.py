@@ -18,7 +18,7 @@ from visionattn.train.flops import training_flops
 from visionattn.train.optim import create_optimizer
 from visionattn.weights.card import CARD, settled
 
-ADVICE = "Lower --model.lr, train with --trainer.precision 32, or look at the images and their targets"
+ADVICE = "Look at the images and their targets, lower --model.lr, or train with --trainer.precision 32"
 
 
 class Task(pl.LightningModule):
@@ -228,7 +228,7 @@ class Task(pl.LightningModule):
         values = ", ".join(f"{name} {float(value):g}" for name, value in (parts or {}).items())
         broken = self.broken()
         raise UserError(
-            f"the loss is {float(loss)}{f' ({values})' if values else ''} at step {self.global_step}, batch "
-            f"{batch_idx + 1} of epoch {self.current_epoch + 1}, on {where}"
+            f"the loss is {float(loss)}{f' ({values})' if values else ''} in batch {batch_idx + 1} of epoch "
+            f"{self.current_epoch + 1}, at step {self.global_step}, on {where}"
             f"{f'; the weights are damaged already ({some(broken, 1)})' if broken else ''}. {ADVICE}"
         )

@@ -237,7 +237,7 @@ def test_a_loss_that_is_no_number_names_the_image(tmp_path, tiny, monkeypatch):
     getitem = SceneMaps.__getitem__
     monkeypatch.setattr(Segmenter, "forward", _poisoned(Segmenter.forward))
     monkeypatch.setattr(SceneMaps, "__getitem__", lambda self, i: _marked(*getitem(self, i), i == 7))
-    with pytest.raises(UserError, match=r"the loss is nan \(loss nan\) at step \d, on scene 7\. Look"):
+    with pytest.raises(UserError, match=r"the loss is nan \(loss nan\) in batch 2 .* at step \d, on scene 7\. Look"):
         fit(tmp_path, tiny, "--trainer.max_epochs=1")
 
 
