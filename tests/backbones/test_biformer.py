@@ -95,7 +95,7 @@ def test_windows_can_be_set_for_dense_tasks():
     [
         (dict(layout="vit"), "layout must be one of biformer, swin, got 'vit'"),
         (dict(generation="third"), "generation must be one of legacy, nchw, got 'third'"),
-        (dict(topks=(1, 4, 16)), "topks must have 4 values as embed_dims has, got (1, 4, 16)"),
+        (dict(topks=(1, 4, 16)), "one entry a stage, got embed_dims 4, depths 4, topks 3"),
         (dict(region_sizes=(8, 4)), "region_sizes must have 4 values"),
         (dict(topks=(1, 4, 50, -2)), "topk must be from 1 to the number of regions, 49, got 50"),
         (dict(topks=(1, 4, 16, 0)), "topk must be from 1 to the number of regions, 49, got 0"),
