@@ -183,7 +183,7 @@ def test_a_mixer_that_does_not_fit_a_host_is_refused(host, mixer, lacks):
 def test_unsuitable_arguments_raise():
     with pytest.raises(ValueError, match="nowhere"):
         Swin(mixer="nowhere.Attention", **HOSTS[Swin])
-    with pytest.raises(ValueError, match="class path, got 'visionattn.attention.agent', which is a module"):
+    with pytest.raises(ValueError, match="'visionattn.attention.agent' is a module, no layer of ours"):
         Swin(mixer="visionattn.attention.agent", **HOSTS[Swin])
     with pytest.raises(ValueError, match="mixer_depths.*0 to 1.*2"):
         Swin(mixer=Roll, mixer_depths=(2, 1, 1, 1), **HOSTS[Swin])

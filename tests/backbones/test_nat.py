@@ -84,7 +84,7 @@ def test_dilations_of_other_tasks():
     [
         (dict(dilations=((1, 2, 1), (1,), (1,), (1,))), r"dilations\[0\] must have 1 to 2 values, got \(1, 2, 1\)"),
         (dict(dilations=((1,), (1,), (), (1,))), r"dilations\[2\] must have 1 to 3 values"),
-        (dict(dilations=((1,), (1,))), "one entry a stage, got 4, 4 and 2"),
+        (dict(dilations=((1,), (1,))), "one entry a stage, got depths 4, num_heads 4, dilations 2"),
         (dict(position="sine"), "position must be one of"),
     ],
 )

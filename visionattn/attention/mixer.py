@@ -216,8 +216,7 @@ def find_mixer(mixer: MixerLike) -> Callable[..., nn.Module]:
     """
     found = _named(mixer) if isinstance(mixer, str) else mixer
     if not callable(found):
-        kind = f", which is a {type(found).__name__}" if isinstance(mixer, str) else ""
-        raise ValueError(f"mixer must be a class, a function or a class path, got {mixer!r}{kind}")
+        raise ValueError(f"mixer must be a class, a function or a class path, got {mixer!r}")
     return found
 
 
@@ -242,7 +241,8 @@ def _named(name: str) -> type[nn.Module]:
         raise ValueError(f"mixer {name!r} cannot be imported: {error}; {allowed}") from error
     ours = trusted or str(getattr(found, "__module__", "")).startswith("visionattn.")
     if not (ours and isinstance(found, type) and issubclass(found, nn.Module)) or hasattr(found, "forward_features"):
-        raise ValueError(f"mixer {name!r} is no layer{'' if trusted else ' of ours'}: {allowed}")
+        kind = f"a {type(found).__name__}, no layer{'' if trusted else ' of ours'}"
+        raise ValueError(f"mixer {name!r} is {kind}: {allowed}")
     return found
 
 

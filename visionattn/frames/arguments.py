@@ -8,7 +8,7 @@ from visionattn.layers.checks import check_counts, check_shares, check_side
 
 __all__ = ["checked"]
 
-COUNTS = ("in_chans", "embed_dim", "embed_dims", "depth", "num_heads", "patch_size", "window_size", "head_width")
+COUNTS = ("in_chans", "embed_dim", "embed_dims", "depth", "num_heads", "patch_size", "head_width")
 COUNTS += ("head_dim", "sr_ratios", "split_sizes")
 SHARES = ("drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate")
 STAGES = ("embed_dims", "depths", "num_heads", "mixers", "mlp_ratios", "sr_ratios", "split_sizes", "layer_scales")
