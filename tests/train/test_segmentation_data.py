@@ -241,7 +241,7 @@ def test_a_mistake_found_while_loading_in_another_process_is_one_line(tmp_path, 
     wrong_size(root)
     flags = [f"--data.root={root}", "--data.num_workers=1", "--data.check_images=0", "--data.img_size=32"]
     head = ["--model=Segmentation", "--model.head=mlp", "--model.head_args={width: 16}", f"--out={tmp_path / 'run'}"]
-    with pytest.raises(UserError, match=r"^\S*val/0.jpg is 64 x 64, .* pixels: they must be the same$"):
+    with pytest.raises(UserError, match=r"^\S*val/0.jpg is 64 x 64, .* pixels: they must be the same\. Saved"):
         run(["fit", "--data=Masks", *flags, *tiny, *head, "--trainer.max_epochs=1"])
 
 

@@ -10,8 +10,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from visionattn.errors import UserError
-from visionattn.train.predict import find_images
+from visionattn.train.data.pictures import UnreadableImage, open_image
 from visionattn.weights import WeightsError
 from visionattn.weights.card import CARD
 from visionattn.weights.commands.cli import main
@@ -76,10 +75,8 @@ def test_pipes_are_refused_before_they_are_opened(tmp_path):
     os.mkfifo(tmp_path / "w.ckpt")
     with pytest.raises(WeightsError, match="there is no file"):
         read_checkpoint(tmp_path / "w.ckpt")
-    with pytest.raises(UserError, match="x.png in .* are no regular files"):
-        find_images([str(tmp_path)])
-    with pytest.raises(UserError, match="no such image"):
-        find_images([str(tmp_path / "x.png")])
+    with pytest.raises(UnreadableImage, match="regular file"):
+        open_image(tmp_path / "x.png")
 
 
 # --- damage ----------------------------------------------------------------------------------------------------------

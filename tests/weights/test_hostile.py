@@ -75,7 +75,8 @@ def as_tensors(said, tmp_path):
 def as_checkpoint(said, tmp_path):
     settings = dict(name=said["name"], model_args=said["model_args"], num_classes=3, **said.get("settings", {}))
     content = {"state_dict": {"net.a": torch.zeros(1)}, CARD: said, "hyper_parameters": settings, "epoch": 0}
-    torch.save(content | {"pytorch-lightning_version": "2.6.0", "global_step": 0, "loops": {}}, tmp_path / "w.ckpt")
+    run = {"pytorch-lightning_version": "2.6.0", "global_step": 0, "loops": {}, "optimizer_states": []}
+    torch.save(content | run, tmp_path / "w.ckpt")
     return str(tmp_path / "w.ckpt")
 
 
