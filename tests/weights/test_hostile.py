@@ -185,7 +185,7 @@ def test_a_mixer_of_the_user_s_own_is_an_object(canary):
 
 @pytest.mark.parametrize("name", ["torch.nn.Linear", "visionattn.hosts.Swin", "visionattn.attention.hilo_attention"])
 def test_names_of_other_things_than_layers_of_ours_are_refused_with_what_is_allowed(name):
-    with pytest.raises(ValueError, match=f"mixer '{name}' is no .*short names are .*visionattn.attention.Soft"):
+    with pytest.raises(ValueError, match=f"mixer '{name}' is .*no .*short names are .*visionattn.attention.Soft"):
         find_mixer(name)
 
 
