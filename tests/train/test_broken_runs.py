@@ -269,7 +269,9 @@ def test_a_killed_worker_ends_in_one_line_and_its_step_is_kept(fit, tmp_path, mo
         os.kill(worker.pid, signal.SIGKILL)
 
     at_call(monkeypatch, "training_step", 8, kill)
-    with pytest.raises(UserError, match=r"process that loads images (was killed|ended).*--data.num_workers.* Saved step \d+"):
+    with pytest.raises(
+        UserError, match=r"process that loads images (was killed|ended).*--data.num_workers.* Saved step \d+"
+    ):
         fit(tmp_path, "--trainer.max_epochs=400", "--data.num_workers=1")
 
 
