@@ -51,8 +51,12 @@ SPARE = 1_000_000
 """Parameters and buffers that a model may have beyond the bytes of its file, such as masks made anew."""
 
 
-def read_metadata(path: str | Path) -> dict[str, Any] | None:
+def read_metadata(path: str | Path, count: bool = True) -> dict[str, Any] | None:
     """The card of a safetensors file; None if it has none.
+
+    Args:
+        path: The file.
+        count: Whether its model is to be built from the card, so that its parameters have to be counted before.
 
     Raises:
         WeightsError: If it is no such file, or its card says what no file may.
@@ -65,7 +69,7 @@ def read_metadata(path: str | Path) -> dict[str, Any] | None:
         raise WeightsError(f"{path} is not a safetensors file: {error}") from error
     except (ValueError, RecursionError) as error:
         raise WeightsError(f"the description in {path} is damaged ({one_line(error)}): fetch the file again") from error
-    return None if card is None else checked(card, str(path))
+    return None if card is None else checked(card, str(path), count)
 
 
 def read_card(path: str) -> dict[str, Any]:
@@ -106,12 +110,13 @@ def run_settings(content: dict[str, Any], path: str) -> dict[str, Any]:
     return settings
 
 
-def checked(card: Any, path: str) -> dict[str, Any]:
+def checked(card: Any, path: str, count: bool = True) -> dict[str, Any]:
     """``card``, if the file ``path`` may say that.
 
     Args:
         card: As it was read.
         path: The file; a model with more parameters than its bytes is not in it.
+        count: Whether to count them.
 
     Raises:
         WeightsError: Saying what no file may.
@@ -134,6 +139,8 @@ def checked(card: Any, path: str) -> dict[str, Any]:
     if name.startswith(ELSEWHERE) or "/" in name:
         raise WeightsError(f"{path} looks for its model at {name!r}, which only you may: give --model {name} yourself")
     check_model_name(name)
+    if not count:
+        return card
     wanted = parameters(name, card.get("model_args", {}), card.get("num_classes"))
     room = os.path.getsize(path) + SPARE
     if wanted > room:

@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from visionattn.errors import some
 from visionattn.weights.errors import WeightsError
 from visionattn.weights.families import release_filter
-from visionattn.weights.read import read_bare_weights
+from visionattn.weights.read import fitting_weights, local_file
 
 __all__ = ["classifiers", "load_weights"]
 
@@ -17,17 +17,30 @@ def load_weights(net: nn.Module, path: str, reset_head: bool = False) -> None:
 
     Args:
         net: A timm model.
-        path: See :func:`read_bare_weights`; an original release is renamed by the model's ``checkpoint_filter_fn``.
+        path: See :func:`fitting_weights`; an original release is renamed by the model's ``checkpoint_filter_fn``.
         reset_head: Leave a classifier of another size as it is, instead of refusing.
 
     Raises:
         WeightsError: Naming what is missing, unexpected or of another shape.
     """
-    state = read_bare_weights(path)
     cfg = getattr(net, "pretrained_cfg", {})
-    if (rename := release_filter(cfg.get("architecture", ""), net)) is not None:
-        state = rename(state, net)
+    rename = release_filter(cfg.get("architecture", ""), net)
     own = net.state_dict()
+
+    def fits(state: dict[str, Tensor]) -> bool:
+        try:
+            state = state if rename is None else rename(dict(state), net)
+        except Exception:  # rules meet the names and shapes of another model
+            return False
+        heads = classifiers(cfg) if reset_head else ()
+        same = (state[key].shape == own[key].shape or (heads and key.startswith(heads)) for key in own if key in state)
+        return state.keys() == own.keys() and all(same)
+
+    state, stripped = fitting_weights(local_file(path), fits)
+    if stripped:
+        print(f"{path}: took the weights behind {stripped}")
+    if rename is not None:
+        state = rename(state, net)
     heads = classifiers(cfg)
     shapes = [key for key in own if key in state and state[key].shape != own[key].shape]
     head_shapes = [key for key in shapes if key.startswith(heads)] if heads else []

@@ -103,7 +103,7 @@ def refuse_greed(variant: str, kwargs: dict[str, Any]) -> None:
 
 def added_cfg(variant: str, tag: str, file: Path) -> dict[str, Any]:
     """The cfg of weights that were added by hand."""
-    card = read_metadata(file) or {}
+    card = read_metadata(file, count=False) or {}  # the user says which model; counting would build it again
     base = get_pretrained_cfg(variant).to_dict()
     base = {key: value for key, value in base.items() if key not in SOURCES}
     own = {key: tuple(v) if isinstance(v, list) else v for key, v in card.get("preprocess", {}).items()}

@@ -10,6 +10,7 @@ import warnings
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # pickles of protocol 2 have the names of Python 2
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,28 @@ from visionattn.weights.files import kind_of
 from visionattn.weights.numbers import numpy_globals
 from visionattn.weights.rename import unwrap
 
-__all__ = ["PREFIX", "bare", "local_file", "read_bare_weights", "read_checkpoint", "read_weights"]
+__all__ = ["PREFIX", "bare", "fitting_weights", "local_file", "read_bare_weights", "read_checkpoint", "read_weights"]
 
 PREFIX = "net."
 """What ``train.py`` puts before the names of the bare model's weights in the checkpoints of a run."""
+# What other trainings leave around the weights of a model; a reading has to fit the model to be taken.
+INNER = (
+    "state_dict",
+    "model",
+    "ema_model",
+    "model_ema",
+    "params_ema",
+    "params",
+    "student",
+    "teacher",
+    "network",
+    "net",
+)
+PREFIXES = (
+    *("module.", "_orig_mod.", "model.", "timm_model.", "backbone.", "encoder.", "network.", "net."),
+    *("student.", "teacher.", "ema_model.", "model_ema."),
+)
+DEEPEST = 3  # nests and prefixes in one another
 # A file that names these was made to do harm; it is not worth reading even with its teeth out.
 HARMFUL_MODULES = {
     *("os", "posix", "nt", "sys", "subprocess", "shutil", "socket", "pty", "ctypes", "runpy", "importlib", "pickle"),
@@ -77,7 +96,12 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     Raises:
         WeightsError: If the file is not read, or holds no tensors.
     """
-    state = {name: value for name, value in unwrap(read_checkpoint(path)).items() if isinstance(value, Tensor)}
+    return weights_in(read_checkpoint(path), path)
+
+
+def weights_in(content: dict[str, Any], path: str | Path) -> dict[str, Tensor]:
+    """The tensors of what ``read_checkpoint`` gave for ``path``; see ``read_weights``."""
+    state = {name: value for name, value in unwrap(content).items() if isinstance(value, Tensor)}
     if not state:
         raise WeightsError(f"{path} holds no weights: it must be a state_dict(), or hold one")
     return state
@@ -97,6 +121,57 @@ def bare(state: dict[str, Tensor]) -> dict[str, Tensor]:
     if any(key.startswith(PREFIX) for key in state):
         state = {key.removeprefix(PREFIX): value for key, value in state.items() if key.startswith(PREFIX)}
     return {key.removeprefix("_orig_mod."): value for key, value in state.items()}
+
+
+def fitting_weights(path: str | Path, fits: Callable[[dict[str, Tensor]], bool]) -> tuple[dict[str, Tensor], str]:
+    """The weights of ``path`` as a model takes them, out of nests and prefixes that only some trainings leave.
+
+    Args:
+        path: A file on this machine.
+        fits: Whether a model is complete with some tensors.
+
+    Returns:
+        The usual reading if it fits or no other does, else the only one that fits; and what was stripped for it.
+
+    Raises:
+        WeightsError: If the file is not read, holds no tensors, or several of its readings fit.
+    """
+    content, refusal, usual = read_checkpoint(path), None, {}
+    try:
+        usual = bare(weights_in(content, path))
+    except WeightsError as error:
+        refusal = error
+    if usual and fits(usual):
+        return usual, ""
+    found = {stripped: state for stripped, state in _readings(content) if fits(state)}
+    if len(found) > 1:
+        raise WeightsError(f"{path} holds several weights that fit ({', '.join(found)}): save the ones you mean alone")
+    if found:
+        return next((state, stripped) for stripped, state in found.items())
+    if refusal is not None:
+        raise refusal
+    return usual, ""
+
+
+def _readings(content: dict) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Tensors within nests and behind prefixes, with what was stripped to come there; each set of tensors once."""
+    seen, waiting = set(), [("", content, 0)]
+    while waiting:
+        stripped, state, depth = waiting.pop(0)
+        tensors = {key: value for key, value in state.items() if isinstance(key, str) and isinstance(value, Tensor)}
+        mark = frozenset((key, id(value)) for key, value in tensors.items())
+        if tensors and mark not in seen and stripped:
+            seen.add(mark)
+            yield stripped, tensors
+        if depth == DEEPEST:
+            continue
+        for nest in INNER:
+            if isinstance(state.get(nest), dict):
+                waiting.append((f"{stripped}{nest} > ", state[nest], depth + 1))
+        for prefix in PREFIXES:
+            inside = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            if inside:
+                waiting.append((f"{stripped}{prefix}", inside, depth + 1))
 
 
 def local_file(path: str) -> str:

@@ -87,3 +87,36 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path, name):
 def test_missing_and_remote_checkpoints_are_refused(path, message):
     with pytest.raises(WeightsError, match=message):
         load_weights(van(), path)
+
+
+NESTS = ["ema_model", "params", "params_ema", "student", "teacher"]
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "timm_model.", "backbone.", "module.model.", "student.backbone."])
+@pytest.mark.parametrize("nest", [None, *NESTS])
+def test_the_only_reading_that_fits_is_taken_and_told(tmp_path, nest, prefix, capsys):
+    source, target = van(), van()
+    state = {prefix + key: value for key, value in source.state_dict().items()}
+    state |= {"loss.weight": torch.zeros(3)} if prefix else {}
+    torch.save({nest: state, "epoch": 1} if nest else state, tmp_path / "w.pth")
+    load_weights(target, str(tmp_path / "w.pth"))
+    assert torch.equal(source.head.fc.weight, target.head.fc.weight)
+    told = capsys.readouterr().out
+    if prefix or nest:
+        assert f"took the weights behind {nest + ' > ' if nest else ''}{prefix}" in told or prefix == "backbone."
+
+
+def test_two_readings_that_fit_are_not_chosen_between(tmp_path):
+    net = van()
+    before = net.head.fc.weight.clone()
+    torch.save({"student": van().state_dict(), "teacher": van().state_dict()}, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match=r"several weights that fit \(student > , teacher > \): save the ones"):
+        load_weights(net, str(tmp_path / "w.pth"))
+    assert torch.equal(before, net.head.fc.weight)
+
+
+def test_a_reading_that_does_not_fit_is_not_taken(tmp_path):
+    torch.save({"student": van().state_dict(), "teacher": van(num_classes=5).state_dict()}, tmp_path / "w.pth")
+    load_weights(van(), str(tmp_path / "w.pth"))
+    with pytest.raises(WeightsError, match="holds no weights|does not fit"):
+        load_weights(van(num_classes=9), str(tmp_path / "w.pth"))

@@ -20,7 +20,7 @@ from visionattn.weights.export import write_weights
 from visionattn.weights.families import release_filter
 from visionattn.weights.load import classifiers
 from visionattn.weights.locate import added_file, cache_name, first_url
-from visionattn.weights.read import bare, read_weights
+from visionattn.weights.read import fitting_weights
 
 __all__ = ["Translation", "add", "detect", "translate", "translated", "unusable"]
 
@@ -37,6 +37,7 @@ class Translation:
         unexpected: Parameters that the model does not have.
         reshaped: Parameters whose shape is none of the file's, such as interpolated tables.
         left_out: Tensors of the file that are not in ``state`` as they were: dropped, or rewritten.
+        stripped: Nests and prefixes of the file that other trainings leave.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Translation:
     unexpected: list[str] = field(default_factory=list)
     reshaped: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    stripped: str = ""
 
     @property
     def fits(self) -> bool:
@@ -56,6 +58,7 @@ class Translation:
         """A report, one line a fact."""
         classes = f"a classifier of {self.num_classes} classes" if self.num_classes else "no classifier"
         lines = [f"{self.name}: {len(self.state)} tensors, {classes}"]
+        lines += [f"stripped: {self.stripped}"] if self.stripped else []
         for label in ("missing", "unexpected", "reshaped", "left_out"):
             if names := getattr(self, label):
                 lines.append(f"{label.replace('_', ' ')}: {len(names)} ({some(names)})")
@@ -166,14 +169,26 @@ def translate(source: str | Path, target: str | Path | None = None, model: str |
     """
     if target is not None and Path(target).suffix != ".safetensors":
         raise WeightsError(f"cannot write {target}: choose a name that ends in .safetensors")
-    state = bare(read_weights(source))
-    if model is None:
-        model = detect(state, Path(source).name)
-    arch, tag = split_model_name_tag(model)
-    if arch not in visionattn.list_models():
+    arch = None if model is None else split_model_name_tag(model)[0]
+    if arch is not None and arch not in visionattn.list_models():
         raise WeightsError(f"{arch} is no model of ours: visionattn.list_models() names them")
+    known, refused = {}, []
+
+    def fits(state: dict[str, Tensor]) -> bool:
+        try:
+            known[id(state)] = arch or detect(state, Path(source).name)
+            return arch is None or translated(arch, state).fits
+        except Exception as error:  # rules meet the names and shapes of another model
+            refused.append(error)
+            return False
+
+    state, stripped = fitting_weights(source, fits)
+    if arch is None and id(state) not in known:
+        raise refused[0]
+    model = known[id(state)] if model is None else model
+    arch, _ = split_model_name_tag(model)
     result = translated(arch, state)
-    result.name = model
+    result.name, result.stripped = model, stripped
     if not result.fits:
         raise WeightsError(f"{source} does not fit {arch} completely: {'; '.join(result.lines())}. Nothing was written")
     if broken := unusable(result.state, _model(arch).state_dict()):
