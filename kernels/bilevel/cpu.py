@@ -34,8 +34,7 @@ def bilevel_routing_attention_torch(
 ) -> Tensor:
     """The fastest form known in operators of PyTorch. Arguments as in :func:`bilevel_routing_attention`.
 
-    Copies of keys and values are made for a few regions at a time. For second
-    derivatives they are made for all regions at once.
+    Copies of keys and values are made for a few regions at a time; for second derivatives, for all regions at once.
     """
     B, H, W, h, _ = q.shape
     E = v.shape[-1]

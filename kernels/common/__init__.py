@@ -9,6 +9,7 @@ layout      strides, channels_last, padding and cropping of maps
 precision   the dtype in which sums are formed
 cache       how many samples a CPU takes at a time
 jit         Triton, imported at the first launch
+rows        helpers of kernels that read and write rows
 launch      what launches of Triton kernels share, and how they are listed for the compiler
 flops       FLOP formulas for ``torch.utils.flop_counter``
 """

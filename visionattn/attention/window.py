@@ -72,13 +72,14 @@ class WindowAttention(Mixer):
         H, W = x.shape[1], x.shape[2]
         h, D = self.num_heads, self.head_dim
         bias = self.padding
+        called = bias is None
         if bias is None:
-            if torch.jit.is_scripting():
-                x = pad_to_multiple(x, self.window_size)
-            elif intact(self.qkv, Linear):
-                bias = self.qkv.bias  # zeros in front of the projection are its bias behind it
-            else:
-                x = pad_to_multiple(x, self.window_size)
+            if not torch.jit.is_scripting():
+                if intact(self.qkv, Linear):
+                    bias = self.qkv.bias  # zeros in front of the projection are its bias behind it
+                    called = False
+        if called:
+            x = pad_to_multiple(x, self.window_size)
         qkv = self.qkv(x).unflatten(-1, [3, h, D])
         padding = None if bias is None else bias.view(3, h, D)
         window = [self.window_size, self.window_size]
@@ -89,7 +90,8 @@ class WindowAttention(Mixer):
             y = window_attention_export(qkv, window, shifts, table, padding, self.masked, scale)
         else:
             y = self._fused(qkv, H, W, window, padding)
-        return self.proj_drop(self.proj(crop(y.flatten(3), H, W)))
+        y = y.flatten(3)
+        return self.proj_drop(self.proj(crop(y, H, W) if called else y))
 
     @torch.jit.unused
     def _fused(self, qkv: Tensor, H: int, W: int, window: list[int], padding: Tensor | None) -> Tensor:
