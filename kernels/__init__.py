@@ -19,6 +19,7 @@ from visionattn.kernels.common.backend import BackendError, get_backend, set_bac
 from visionattn.kernels.common.layout import channels_last, crop_map, pad_map
 from visionattn.kernels.common.mode import autocast, autocasting, eager, exporting
 from visionattn.kernels.common.precision import precise
+from visionattn.kernels.common.tuning import get_tuning, set_tuning, use_tuning
 from visionattn.kernels.dense import linear
 from visionattn.kernels.depthwise import depthwise_conv2d
 from visionattn.kernels.flow import flow_attention
@@ -43,6 +44,7 @@ __all__ = [
     "focused",
     "gated_pointwise",
     "get_backend",
+    "get_tuning",
     "linear",
     "linear_attention",
     "neighborhood_attention",
@@ -51,7 +53,9 @@ __all__ = [
     "precise",
     "rotary_tables",
     "set_backend",
+    "set_tuning",
     "use_backend",
+    "use_tuning",
     "window_attention",
     "window_attention_export",
 ]

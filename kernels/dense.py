@@ -1,12 +1,17 @@
-"""Linear map of the last axis, on a CPU as the 1x1 convolution of oneDNN. Shapes: N positions, C channels in, O out.
+"""Linear map of the last axis, on a CPU by the faster of two libraries. Shapes: N positions, C channels in, O out.
 
     y = x weight^T + bias
 
-The same matrix product as ``F.linear``, which is MKL's. To a compiler the product is one opaque operator: it is nothing
-that inductor would fuse with its neighbours either, and its own lowering of such a convolution is several times slower.
+The same matrix product is ``F.linear``, which is MKL's, and a 1x1 convolution, which is oneDNN's. Either may take twice
+the time of the other, depending on the processor, the versions and the shape; a :class:`Choice` tells.
+
+To a compiler the convolution is one opaque operator: it is nothing that inductor would fuse with its neighbours either,
+and its own lowering of such a convolution is several times slower.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +19,9 @@ from torch import Tensor
 
 from visionattn.kernels.common import twice
 from visionattn.kernels.common.flops import flop_formula
+from visionattn.kernels.common.machine import capability
 from visionattn.kernels.common.mode import exporting, transformed
+from visionattn.kernels.common.tuning import Choice
 
 __all__ = ["linear"]
 
@@ -42,11 +49,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _samples(x: Tensor) -> tuple[int, int]:
-    """How many samples of maps the positions pass as, 0 where a convolution does not pay, and how many zeros follow.
+    """How many samples of maps the positions pass as, 0 where a convolution never pays, and how many zeros follow.
 
     On one thread PyTorch leaves convolutions of less than 16 samples to MKL; many small ones are slow. Where no number
-    of samples fits, as with 196 patches and a class token, up to 15 zeros make 16 of them: measured 1.5 to 2.1 times
-    the speed of MKL from 100 positions on, no gain at 50.
+    of samples fits, as with 196 patches and a class token, up to 15 zeros make 16 of them.
     """
     positions = x.shape[:-1].numel()
     samples = next((n for n in range(16, min(64, positions // 4) + 1) if positions % n == 0), len(x))
@@ -68,11 +74,59 @@ def _positions(maps: Tensor, like: Tensor) -> Tensor:
     return rows.reshape(*like.shape[:-1], maps.shape[1])
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     samples, zeros = _samples(x)
     if not samples:
         return F.linear(x, weight, bias)
     return _positions(F.conv2d(_maps(x, samples, zeros), weight[:, :, None, None], bias), x)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if _library(x, weight, "training" if trained else "inference") == "mkl":
+        return F.linear(x, weight, bias)
+    return _convolved(x, weight, bias)
+
+
+def _library(x: Tensor, weight: Tensor, use: str) -> str:
+    """Whose product runs: ``"mkl"`` or ``"onednn"``.
+
+    Args:
+        x: [..., C]
+        weight: [D, C]
+        use: ``"inference"``, ``"training"`` (the product and its gradients) or ``"gradients"`` (of a compiled graph).
+    """
+    D, C = weight.shape
+    positions = x.numel() // C if C else 0
+    # Sizes between two powers of two are one kind, and tokens that fill no maps without padding are another.
+    return LIBRARY.pick(positions.bit_length(), int(positions % 16 == 0), C, D, use)
+
+
+def _expected(threads: int, bits: int, even: int, C: int, D: int, use: str) -> str:
+    # AMD EPYC with AVX-512, PyTorch 2.15, MKL 2024: oneDNN takes 0.4 to 0.8 times MKL's time. PyTorch 2.14: 0.9 to 1.2.
+    # With AVX2, on AMD Zen 3 and 4: inference the same, gradients 1.5 to 2 times MKL's time.
+    return "onednn" if capability().startswith("AVX512") else "mkl"
+
+
+def _trial(bits: int, even: int, C: int, D: int, use: str) -> dict[str, Callable[[], object]]:
+    positions = 3 << max(bits - 2, 0)
+    while positions > 64 and 2 * positions * C * D > 2**28:  # some milliseconds
+        positions //= 2
+    x = torch.full((1, positions // 16 * 16 + (0 if even else 1), C), 0.5)
+    weight, bias = torch.full((D, C), 0.5), torch.zeros(D)
+    if use == "inference":
+        forms = {"mkl": F.linear, "onednn": _convolved}
+        return {name: torch.no_grad()(lambda form=form: form(x, weight, bias)) for name, form in forms.items()}
+    grad = torch.full((*x.shape[:-1], D), 0.5)
+    if use == "gradients":
+        forms = {"mkl": _matrix_backward, "onednn": _convolved_backward}
+        return {name: (lambda form=form: form(grad, x, weight, [True] * 3)) for name, form in forms.items()}
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    forms = {"mkl": F.linear, "onednn": _convolved}
+    return {name: (lambda form=form: torch.autograd.grad(form(*leaves), leaves, grad)) for name, form in forms.items()}
+
+
+LIBRARY = Choice("dense product", ("mkl", "onednn"), _expected, _trial)
 
 
 @torch.library.custom_op("visionattn::linear", mutates_args=())
@@ -88,6 +142,12 @@ def _(x, weight, bias):
 @torch.library.custom_op("visionattn::linear_backward", mutates_args=())
 def _linear_backward(grad: Tensor, x: Tensor, weight: Tensor, needed: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x, weight and bias, each empty if not needed."""
+    if _library(x, weight, "gradients") == "mkl":
+        return _matrix_backward(grad, x, weight, needed)
+    return _convolved_backward(grad, x, weight, needed)
+
+
+def _convolved_backward(grad: Tensor, x: Tensor, weight: Tensor, needed: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
     samples, zeros = _samples(x)
     if not samples:
         return _matrix_backward(grad, x, weight, needed)

@@ -5,6 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+# The same forms in every run, in child processes too: what is timed differs from run to run.
+os.environ.setdefault("VISIONATTN_TUNE", "off")
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # Small shapes gain nothing from many threads, and workers side by side would fight for the cores.

@@ -7,6 +7,9 @@ twice       gradients that can be differentiated again
 checks      checks of arguments, and what the Triton kernels refuse
 layout      strides, channels_last, padding and cropping of maps
 precision   the dtype in which sums are formed
+machine     the processor and what PyTorch uses of it
+tuning      which of several equal forms runs on this processor, by the clock
+remembered  what earlier processes found by it
 cache       how many samples a CPU takes at a time
 jit         Triton, imported at the first launch
 rows        helpers of kernels that read and write rows

@@ -1,8 +1,10 @@
 """Compile what operators launch for a GPU that need not be here; print what each kernel needs, as JSON.
 
     python -m tests.kernels.aot_compile sm_90 bf16,fp32 every
+    python -m tests.kernels.aot_compile sm_90 bf16 every linear_queries_bwd
 
-"typical" instead of "every" takes a few launches only. Must run without TRITON_INTERPRET.
+"typical" instead of "every" takes a few launches only, names of kernels at the end take those. Must run without
+TRITON_INTERPRET.
 """
 
 import json
@@ -65,13 +67,14 @@ def resources(program) -> dict[str, int]:
 
 
 def main() -> None:
-    target, dtypes, extent = sys.argv[1:]
+    target, dtypes, extent, *names = sys.argv[1:]
     rows = []
     for dtype in dtypes.split(","):
         for launches in lists().values():
             for launch in launches(DTYPES[dtype], target.startswith("gfx")):
-                if extent == "every" or launch.typical:
-                    row = {"kernel": launch.kernel.fn.__name__, "dtype": dtype, "may_spill": launch.may_spill}
+                name = launch.kernel.fn.__name__
+                if (extent == "every" or launch.typical) and (not names or name in names):
+                    row = {"kernel": name, "dtype": dtype, "may_spill": launch.may_spill}
                     row |= {name: value for name, value in launch.constants.items() if name != "ACC"}
                     rows.append(row | resources(compiled(launch, TARGETS[target])))
     print(json.dumps(rows))

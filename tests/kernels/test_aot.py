@@ -16,9 +16,9 @@ def compile_and_check(run_python, target, dtypes, extent):
     command = ("-m", "tests.kernels.aot_compile", target, dtypes, extent)
     rows = json.loads(run_python(*command, TRITON_INTERPRET=None))
     assert {row["kernel"] for row in rows} == {name for _, name in launched()}
-    for row in rows:
-        assert row["shared"] <= TARGETS[target], row
-        assert row["spilled"] <= 32 or row["may_spill"], row  # bytes stored and loaded: four registers
+    too_much = [row for row in rows if row["shared"] > TARGETS[target]]
+    spilling = [row for row in rows if row["spilled"] > 32 and not row["may_spill"]]  # bytes: four registers
+    assert not too_much and not spilling, "\n".join(map(str, too_much + spilling))
 
 
 @pytest.mark.parametrize("target", TARGETS)
