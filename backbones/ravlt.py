@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from visionattn.attention import MagnitudeAwareAttention, RankAugmentedAttention, RotaryAttention
 from visionattn.frames.backbone import Pyramid, Stage, build_backbone
 from visionattn.kernels import autocasting, channels_last
-from visionattn.layers.blocks import Linear, ScaledResidual, in_slices
+from visionattn.layers.blocks import Linear, ScaledResidual, activated, in_slices
 from visionattn.layers.tracing import opaque
 from visionattn.weights import pretrained_cfgs
 from visionattn.weights.families import declare_filter
@@ -74,7 +74,8 @@ class ConvMlp(nn.Module):
             return self._sliced(x)
 
     def _mlp(self, x: Tensor) -> Tensor:
-        return self.fc2(self.dwconv(self.act(self.fc1(x))))
+        x = self.act(self.fc1(x)) if torch.jit.is_scripting() else activated(self.fc1, self.act, x)
+        return self.fc2(self.dwconv(x))
 
     @torch.jit.unused
     def _sliced(self, x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from visionattn.kernels.common.layout import channels_last, crop_map, pad_map
 from visionattn.kernels.common.mode import autocast, autocasting, eager, exporting
 from visionattn.kernels.common.precision import precise
 from visionattn.kernels.common.tuning import get_tuning, set_tuning, use_tuning
-from visionattn.kernels.dense import linear
+from visionattn.kernels.dense import linear, linear_gelu
 from visionattn.kernels.depthwise import depthwise_conv2d
 from visionattn.kernels.flow import flow_attention
 from visionattn.kernels.focused_map import focused
@@ -47,6 +47,7 @@ __all__ = [
     "get_tuning",
     "linear",
     "linear_attention",
+    "linear_gelu",
     "neighborhood_attention",
     "neighborhood_attention_export",
     "pad_map",

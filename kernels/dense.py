@@ -1,17 +1,19 @@
-"""Linear map of the last axis, on a CPU by the faster of two libraries. Shapes: N positions, C channels in, O out.
+"""Linear map of the last axis, on a CPU by the faster of two libraries. Shapes: C channels in, D channels out.
 
     y = x weight^T + bias
 
-The same matrix product is ``F.linear``, which is MKL's, and a 1x1 convolution, which is oneDNN's. Either may take twice
-the time of the other, depending on the processor, the versions and the shape; a :class:`Choice` tells.
+The same matrix product is ``F.linear``, which is MKL's, and oneDNN's, as a product, which has no gradient in PyTorch,
+or as a 1x1 convolution. Either may take twice the time of the other, depending on the processor, the versions and the
+shape; a :class:`Choice` tells.
 
-To a compiler the convolution is one opaque operator: it is nothing that inductor would fuse with its neighbours either,
+To a compiler the product is one opaque operator: it is nothing that inductor would fuse with its neighbours either,
 and its own lowering of such a convolution is several times slower.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +22,10 @@ from torch import Tensor
 from visionattn.kernels.common import twice
 from visionattn.kernels.common.flops import flop_formula
 from visionattn.kernels.common.machine import capability
-from visionattn.kernels.common.mode import exporting, transformed
+from visionattn.kernels.common.mode import eager, exporting, transformed
 from visionattn.kernels.common.tuning import Choice
 
-__all__ = ["linear"]
+__all__ = ["linear", "linear_gelu"]
 
 ONEDNN = torch.backends.mkldnn.is_available()
 
@@ -33,19 +35,48 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Args:
         x: Features. [..., C]
-        weight: One row per output. [O, C]
-        bias: Added to the result, or ``None``. [O]
+        weight: One row per output. [D, C]
+        bias: Added to the result, or ``None``. [D]
 
     Returns:
-        The mapped features. [..., O]
+        The mapped features. [..., D]
     """
-    if not ONEDNN or x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32:
+    if not _covers(x, weight):
         return F.linear(x, weight, bias)
-    if x.dim() < 3 or torch.is_autocast_enabled("cpu"):
-        return F.linear(x, weight, bias)
-    if not torch.compiler.is_compiling():
-        return F.linear(x, weight, bias) if torch.jit.is_tracing() else _product(x, weight, bias)
-    return F.linear(x, weight, bias) if exporting() or transformed() else _linear(x, weight, bias)
+    if eager(x):
+        return _product(x, weight, bias)
+    opaque = torch.compiler.is_compiling() and not exporting() and not transformed()
+    return _linear(x, weight, bias) if opaque else F.linear(x, weight, bias)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.gelu(F.linear(x, weight, bias))``, in inference on a CPU without another pass over the result.
+
+    Args:
+        x: Features. [..., C]
+        weight: One row per output. [D, C]
+        bias: Added before GELU, or ``None``. [D]
+
+    Returns:
+        The activated features. [..., D]
+    """
+    if _trained(x, weight) or not _covers(x, weight) or not eager(x):
+        return F.gelu(linear(x, weight, bias))
+    form = _library(x, weight, "inference with GELU")
+    if form == "onednn":
+        return _pointwise(x, weight, bias, "gelu", [], "none")
+    return torch.ops.aten.gelu_(FORMS[form](x, weight, bias))
+
+
+def _covers(x: Tensor, weight: Tensor) -> bool:
+    """Whether there is more than one form to choose from."""
+    if x.dtype != torch.float32 or weight.dtype != torch.float32 or x.device.type != "cpu" or not ONEDNN:
+        return False
+    return x.dim() >= 3 and not torch.is_autocast_enabled("cpu")
+
+
+def _trained(x: Tensor, weight: Tensor) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
 
 
 def _samples(x: Tensor) -> tuple[int, int]:
@@ -81,52 +112,69 @@ def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _positions(F.conv2d(_maps(x, samples, zeros), weight[:, :, None, None], bias), x)
 
 
+def _multiplied(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _pointwise(x, weight, bias, "none", [], "")
+
+
+_pointwise = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+FORMS = {"mkl": F.linear, "convolution": _convolved}
+if ONEDNN and _pointwise is not None:
+    FORMS["onednn"] = _multiplied
+
+
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    if _library(x, weight, "training" if trained else "inference") == "mkl":
-        return F.linear(x, weight, bias)
-    return _convolved(x, weight, bias)
+    return FORMS[_library(x, weight, "training" if _trained(x, weight) else "inference")](x, weight, bias)
 
 
 def _library(x: Tensor, weight: Tensor, use: str) -> str:
-    """Whose product runs: ``"mkl"`` or ``"onednn"``.
+    """Whose product runs: ``"mkl"``, ``"onednn"`` or, also oneDNN's, ``"convolution"``.
 
     Args:
         x: [..., C]
         weight: [D, C]
-        use: ``"inference"``, ``"training"`` (the product and its gradients) or ``"gradients"`` (of a compiled graph).
+        use: ``"inference"``, ``"inference with GELU"``, ``"training"`` (the product and its gradients) or
+            ``"gradients"`` (of a compiled graph).
     """
     D, C = weight.shape
     positions = x.numel() // C if C else 0
+    if positions == 0:
+        return "mkl"
     # Sizes between two powers of two are one kind, and tokens that fill no maps without padding are another.
     return LIBRARY.pick(positions.bit_length(), int(positions % 16 == 0), C, D, use)
 
 
 def _expected(threads: int, bits: int, even: int, C: int, D: int, use: str) -> str:
-    # AMD EPYC with AVX-512, PyTorch 2.15, MKL 2024: oneDNN takes 0.4 to 0.8 times MKL's time. PyTorch 2.14: 0.9 to 1.2.
-    # With AVX2, on AMD Zen 3 and 4: inference the same, gradients 1.5 to 2 times MKL's time.
-    return "onednn" if capability().startswith("AVX512") else "mkl"
+    # Times over MKL's, PyTorch 2.14 on an AMD EPYC, one thread. oneDNN's product: 0.8 to 1.0 with AVX-512, 0.85 to 0.9
+    # with GELU; 0.9 to 1.05 with AVX2, 1.0 to 1.2 with GELU. Convolutions with their gradients: 0.95 to 1.2 with
+    # AVX-512, 1.2 to 1.7 with AVX2; it was 0.5 to 0.8 with PyTorch 2.15 and AVX-512.
+    if not capability().startswith("AVX512"):
+        return "mkl"
+    return "onednn" if use.startswith("inference") and "onednn" in FORMS else "convolution"
 
 
 def _trial(bits: int, even: int, C: int, D: int, use: str) -> dict[str, Callable[[], object]]:
     positions = 3 << max(bits - 2, 0)
     while positions > 64 and 2 * positions * C * D > 2**28:  # some milliseconds
         positions //= 2
-    x = torch.full((1, positions // 16 * 16 + (0 if even else 1), C), 0.5)
+    x = torch.full((1, max(1, positions // 16 * 16 + (0 if even else 1)), C), 0.5)
     weight, bias = torch.full((D, C), 0.5), torch.zeros(D)
     if use == "inference":
-        forms = {"mkl": F.linear, "onednn": _convolved}
-        return {name: torch.no_grad()(lambda form=form: form(x, weight, bias)) for name, form in forms.items()}
+        return {name: torch.no_grad()(partial(form, x, weight, bias)) for name, form in FORMS.items()}
+    if use == "inference with GELU":
+        calls = {name: (lambda form=form: torch.ops.aten.gelu_(form(x, weight, bias))) for name, form in FORMS.items()}
+        if "onednn" in calls:
+            calls["onednn"] = partial(_pointwise, x, weight, bias, "gelu", [], "none")
+        return {name: torch.no_grad()(call) for name, call in calls.items()}
     grad = torch.full((*x.shape[:-1], D), 0.5)
     if use == "gradients":
-        forms = {"mkl": _matrix_backward, "onednn": _convolved_backward}
-        return {name: (lambda form=form: form(grad, x, weight, [True] * 3)) for name, form in forms.items()}
+        forms = {"mkl": _matrix_backward, "convolution": _convolved_backward}
+        return {name: partial(form, grad, x, weight, [True] * 3) for name, form in forms.items()}
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
-    forms = {"mkl": F.linear, "onednn": _convolved}
+    forms = {"mkl": F.linear, "convolution": _convolved}
     return {name: (lambda form=form: torch.autograd.grad(form(*leaves), leaves, grad)) for name, form in forms.items()}
 
 
-LIBRARY = Choice("dense product", ("mkl", "onednn"), _expected, _trial)
+LIBRARY = Choice("dense product", ("mkl", "convolution", "onednn"), _expected, _trial)
 
 
 @torch.library.custom_op("visionattn::linear", mutates_args=())
@@ -196,6 +244,13 @@ _linear.register_autograd(_backward, setup_context=_save)
 @flop_formula("linear")
 def _flops(x_shape, weight_shape, *args, **kwargs) -> int:
     return 2 * torch.Size(x_shape).numel() * weight_shape[0]
+
+
+if "onednn" in FORMS:
+
+    @flop_formula("mkldnn._linear_pointwise")
+    def _flops_pointwise(x_shape, weight_shape, *args, **kwargs) -> int:
+        return 2 * torch.Size(x_shape).numel() * weight_shape[0]
 
 
 @flop_formula("linear_backward")

@@ -21,7 +21,10 @@ _waiting: dict[str, Callable[..., int]] = {}
 
 
 def flop_formula(op: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """Decorate the formula of ``torch.ops.visionattn.<op>``, a function of the shapes of the operator's tensors."""
+    """Decorate the formula of ``torch.ops.visionattn.<op>``, a function of the shapes of the operator's tensors.
+
+    An operator of PyTorch that it does not count itself is named with its namespace, as in ``mkldnn.op``.
+    """
 
     def add(formula: Callable[..., int]) -> Callable[..., int]:
         _waiting[op] = formula
@@ -36,7 +39,8 @@ def _register() -> None:
     counter = _import_counter()
     while _waiting:
         op, formula = _waiting.popitem()
-        counter.register_flop_formula(getattr(torch.ops.visionattn, op))(formula)
+        namespace, _, name = op.rpartition(".")
+        counter.register_flop_formula(getattr(getattr(torch.ops, namespace or "visionattn"), name))(formula)
 
 
 def _import_counter():

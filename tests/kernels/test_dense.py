@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from visionattn.kernels import linear
+from visionattn.kernels import linear, linear_gelu, use_tuning
+from visionattn.kernels.common.tuning import CHOICES
 
 SHAPES = [(2, 8, 5), (16, 3, 3, 5), (1, 7, 11, 5), (0, 4, 5), (3, 5), (2, 40, 5), (1, 197, 5), (3, 37, 5)]
 
@@ -35,6 +36,54 @@ def test_equals_f_linear_forward_and_gradients(shape, biased, threads):
         torch.testing.assert_close(step(torch.ops.visionattn.linear, inputs), expected)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("form", ["mkl", "convolution", "onednn"])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if len(shape) > 2], ids=str)
+def test_every_form_gives_the_same_in_inference(shape, biased, form, monkeypatch):
+    monkeypatch.setattr(CHOICES["dense product"], "pick", lambda *key: form)
+    x, weight, bias = tensors(*shape, grad=False)
+    for given in (x, x.movedim(0, -2), x[1:], x[::2]):
+        arguments = (given, weight, bias if biased else None)
+        expected = F.linear(*arguments)
+        torch.testing.assert_close(linear(*arguments), expected)
+        before = given.clone()
+        torch.testing.assert_close(linear_gelu(*arguments), F.gelu(expected))
+        assert torch.equal(given, before)
+
+
+def test_gelu_of_the_product_has_gradients_and_transforms():
+    inputs = tensors(2, 8, 5)
+    torch.testing.assert_close(step(linear_gelu, inputs), step(lambda *t: F.gelu(F.linear(*t)), inputs))
+    x, weight, bias = tensors(3, 2, 8, 5, grad=False)
+    weights = torch.stack([weight, 2 * weight, -weight])
+    with torch.no_grad():
+        mapped = torch.func.vmap(linear_gelu, (0, 0, None))(x, weights, bias)
+    for one, w, result in zip(x, weights, mapped, strict=True):
+        torch.testing.assert_close(result, F.gelu(F.linear(one, w, bias)))
+    with torch.no_grad():
+        compiled = torch.compile(linear_gelu, fullgraph=True, backend="aot_eager")(x, weight, bias)
+    torch.testing.assert_close(compiled, F.gelu(F.linear(x, weight, bias)))
+
+
+@pytest.mark.parametrize("function", [linear, linear_gelu])
+def test_the_operations_are_counted_in_every_form(function, monkeypatch):
+    x, weight, bias = tensors(2, 32, 24, grad=False)
+    for form in ("mkl", "convolution", "onednn"):
+        monkeypatch.setattr(CHOICES["dense product"], "pick", lambda *key, form=form: form)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            function(x, weight, bias)
+        assert counter.get_total_flops() == 2 * 2 * 32 * 24 * 6, form
+
+
+def test_the_timed_form_gives_the_same(tmp_path, monkeypatch):
+    monkeypatch.setenv("VISIONATTN_TUNE_DIR", str(tmp_path))
+    inputs = tensors(2, 40, 5)
+    with use_tuning("full"):
+        torch.testing.assert_close(step(linear, inputs), step(F.linear, inputs))
+        with torch.no_grad():
+            torch.testing.assert_close(linear_gelu(*inputs), F.gelu(F.linear(*inputs)))
 
 
 @pytest.mark.parametrize("frozen", [(0,), (1,), (1, 2)], ids=str)

@@ -222,11 +222,11 @@ def test_checkpointed_blocks_may_decide_in_their_first_pass():
     assert x.grad is not None
 
 
-@pytest.mark.parametrize("use", ["inference", "training", "gradients"])
+@pytest.mark.parametrize("use", ["inference", "inference with GELU", "training", "gradients"])
 @pytest.mark.parametrize("even", [0, 1])
 def test_the_forms_of_the_dense_product_can_be_timed(even, use):
     calls = CHOICES["dense product"].trial(8, even, 24, 40, use)
-    assert set(calls) == {"mkl", "onednn"}
+    assert {"mkl", "convolution"} <= set(calls) <= {"mkl", "convolution", "onednn"}
     for call in calls.values():
         call()
 

@@ -8,8 +8,8 @@ from timm.layers import DropPath, register_notrace_function
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from visionattn.kernels import crop_map, depthwise_conv2d, linear, pad_map
-from visionattn.layers.intact import hooked
+from visionattn.kernels import crop_map, depthwise_conv2d, linear, linear_gelu, pad_map
+from visionattn.layers.intact import hooked, intact
 from visionattn.layers.switches import built_for_export
 from visionattn.layers.tracing import opaque
 
@@ -19,6 +19,7 @@ __all__ = [
     "Mlp",
     "PreNormBlock",
     "ScaledResidual",
+    "activated",
     "crop",
     "in_slices",
     "pad_to_multiple",
@@ -86,12 +87,9 @@ class _AsLinear(type):
 
 @opaque  # which operator runs depends on the tensor
 class Linear(nn.Linear, metaclass=_AsLinear):
-    """``nn.Linear`` that float32 on a CPU runs as the 1x1 convolution of oneDNN, the same matrix product.
+    """``nn.Linear`` that float32 on a CPU runs in the library which is the fastest there, see ``kernels/dense.py``.
 
     As a class it equals ``nn.Linear``, so that ``quantize_dynamic(model, {nn.Linear})`` replaces it.
-
-    Measured on an AMD EPYC at the shapes of NAT-Tiny: forward 1.9 to 2.6 times, forward and backward 1.3 to 2 times the
-    speed of ``F.linear``, which is MKL's; compiled blocks of it run 1.2 to 1.5 times as fast.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -102,10 +100,23 @@ class Linear(nn.Linear, metaclass=_AsLinear):
 
     @torch.jit.unused
     def _fastest(self, x: Tensor) -> Tensor:
-        weight = self.weight
-        if type(weight) not in (nn.Parameter, Tensor):  # quantized or distributed: what such a tensor knows is F.linear
-            return F.linear(x, weight, self.bias)
-        return linear(x, weight, self.bias)
+        if not plain(self.weight):
+            return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
+
+
+def plain(weight: Tensor) -> bool:
+    """Whether a weight is neither quantized nor distributed: what such a tensor knows is ``F.linear``."""
+    return type(weight) in (nn.Parameter, Tensor)
+
+
+@torch.jit.unused
+def activated(linear: nn.Module, act: nn.Module, x: Tensor) -> Tensor:
+    """``act(linear(x))``; in inference on a CPU GELU is part of the product. Not for TorchScript."""
+    fused = not torch.is_grad_enabled() and intact(linear, Linear) and intact(act, nn.GELU)
+    if fused and act.approximate == "none" and plain(linear.weight):
+        return linear_gelu(x, linear.weight, linear.bias)
+    return act(linear(x))
 
 
 @opaque  # which operator runs depends on the tensor
@@ -163,7 +174,11 @@ class Mlp(nn.Module):
             return self._sliced(x)
 
     def _mlp(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+        if torch.jit.is_scripting():
+            x = self.act(self.fc1(x))
+        else:
+            x = activated(self.fc1, self.act, x)
+        return self.drop(self.fc2(self.drop(x)))
 
     @torch.jit.unused
     def _sliced(self, x: Tensor) -> Tensor:
