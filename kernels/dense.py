@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visionattn.kernels.common import twice
+from visionattn.kernels.common.checks import check_same, check_tensors
 from visionattn.kernels.common.flops import flop_formula
 from visionattn.kernels.common.mode import exporting, transformed
 
@@ -31,7 +32,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Returns:
         The mapped features. [..., O]
+
+    Raises:
+        ValueError: If shapes, dtypes or devices do not fit together.
     """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return _fastest(x, weight, bias)
+    try:
+        return _fastest(x, weight, bias)
+    except (AttributeError, IndexError, RuntimeError, TypeError):
+        _check(x, weight, bias)  # not before: it takes half as long as a small product
+        raise
+
+
+def _fastest(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not ONEDNN or x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32:
         return F.linear(x, weight, bias)
     if x.dim() < 3 or torch.is_autocast_enabled("cpu"):
@@ -39,6 +53,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not torch.compiler.is_compiling():
         return F.linear(x, weight, bias) if torch.jit.is_tracing() else _product(x, weight, bias)
     return F.linear(x, weight, bias) if exporting() or transformed() else _linear(x, weight, bias)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    check_tensors(x=x, weight=weight)
+    check_tensors(True, bias=bias)
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be [O, C], got shape {tuple(weight.shape)}")
+    if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x must be [..., C] with C = {weight.shape[1]} as in weight, got shape {tuple(x.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be [O] with O = {weight.shape[0]} as in weight, got shape {tuple(bias.shape)}")
+    check_same(x, weight=weight, bias=bias)
 
 
 def _samples(x: Tensor) -> tuple[int, int]:
