@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visionattn.kernels import bilevel_routing_attention, crop_map, exporting, pad_map
+from visionattn.kernels import attend, bilevel_routing_attention, crop_map, exporting, pad_map
 from visionattn.kernels.bilevel import (
     cut,
     from_regions,
@@ -301,9 +301,7 @@ class LePEAttention(nn.Module):
         B, H, W, C = x.shape
         q, k, v = self.qkv(x).split(C, -1)
         heads = [B, H * W, self.num_heads, C // self.num_heads]
-        y = F.scaled_dot_product_attention(
-            q.reshape(heads).transpose(1, 2), k.reshape(heads).transpose(1, 2), v.reshape(heads).transpose(1, 2)
-        )
+        y = attend(q.reshape(heads).transpose(1, 2), k.reshape(heads).transpose(1, 2), v.reshape(heads).transpose(1, 2))
         y = y.transpose(1, 2).reshape(B, H, W, C)
         if self.lepe_of == "input":
             y = y + self.lepe(x)

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionattn.attention.mixer import Mixer, unknown_size
+from visionattn.kernels import attend
 from visionattn.layers.blocks import DepthwiseConv
 from visionattn.layers.tracing import opaque
 
@@ -46,7 +47,7 @@ class StripeAttention(nn.Module):
             real = (real_row[:, None] & real_column)[None, :, :, None].expand(B, rows * h, columns * w, 1)
             mask = self._split(real, h, w).flatten(1, 2)[:, None, None, :, 0]  # B*n 1 1 T
         q, k, v = self._split(q, h, w), self._split(k, h, w), self._split(v, h, w)
-        y = F.scaled_dot_product_attention(self._heads(q), self._heads(k), self._heads(v), attn_mask=mask)
+        y = attend(self._heads(q), self._heads(k), self._heads(v), mask)
         y = y.transpose(1, 2).reshape(v.shape) + self.get_v(v)
         y = y.reshape(B, rows, columns, h, w, C).transpose(2, 3).reshape(B, rows * h, columns * w, C)
         return y[:, :H, :W] if padded else y

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from timm.layers import use_fused_attn
 from torch import Tensor, nn
 
+from visionattn.kernels import attend
 from visionattn.layers.blocks import Linear, crop, pad_to_multiple
 from visionattn.layers.checks import check_heads, check_map
 from visionattn.layers.tracing import opaque
@@ -89,7 +90,7 @@ def _to_pooled(q: Tensor, kv: Tensor, scale: float, fused: bool) -> Tensor:
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, fused: bool) -> Tensor:
     if fused:
-        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+        return attend(q, k, v, None, scale)
     return ((q @ k.transpose(-2, -1)) * scale).softmax(-1) @ v
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visionattn.kernels import attend
 from visionattn.layers.blocks import Linear
 from visionattn.layers.checks import check_heads, check_map
 from visionattn.layers.norms import check_foldable, fold_before, fold_into
@@ -68,7 +69,7 @@ class SpatialReductionAttention(nn.Module):
                 maps = F.pad(maps, [0, right, 0, down], mode="replicate")
             reduced = self.norm(self.sr(maps).permute(0, 2, 3, 1))
         k, v = self.kv(reduced.flatten(1, 2)).unflatten(-1, [2, h, -1]).permute(2, 0, 3, 1, 4).unbind(0)
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        y = attend(q, k, v).transpose(1, 2)
         return self.proj(y.reshape(x.shape))
 
     @torch.no_grad()

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionattn.attention.softmax import SelfAttention
+from visionattn.kernels import attend
 from visionattn.layers.blocks import Linear
 
 __all__ = ["SelectiveAttention"]
@@ -59,5 +60,5 @@ class SelectiveAttention(SelfAttention):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
         q = q * self.query_temperature(x)[..., None]
         v = v * self.value_temperature(x)[..., None]
-        y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        y = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return y.transpose(1, 2)
