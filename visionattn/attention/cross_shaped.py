@@ -7,11 +7,13 @@ from torch import Tensor, nn
 from visionattn.attention.mixer import Mixer, unknown_size
 from visionattn.kernels import attend
 from visionattn.layers.blocks import DepthwiseConv
+from visionattn.layers.checks import declared
 from visionattn.layers.tracing import opaque
 
 __all__ = ["CrossShapedAttention"]
 
 
+@declared
 class StripeAttention(nn.Module):
     """Softmax attention and a depthwise 3x3 convolution of the values within stripes of a map.
 
@@ -62,6 +64,7 @@ class StripeAttention(nn.Module):
 
 
 @opaque  # how many stripes there are depends on the size of the map
+@declared
 class CrossShapedAttention(Mixer):
     """Half of the heads attend within columns, half within rows, ``split_size`` wide (CSwin, arXiv 2107.00652).
 

@@ -7,13 +7,14 @@ from torch import Tensor, nn
 from visionattn.kernels import attend, linear_attention, precise, rotary_tables
 from visionattn.kernels.linear_attn import FEATURE_MAPS, NORMALIZERS, features, mix, rotate_pairs
 from visionattn.layers.blocks import Linear, in_slices
-from visionattn.layers.checks import check_heads, check_map
+from visionattn.layers.checks import check_heads, check_map, declared
 from visionattn.layers.switches import built_for_export
 from visionattn.layers.tracing import opaque
 
 __all__ = ["LinearAttention", "MagnitudeAwareAttention", "RankAugmentedAttention", "RotaryAttention"]
 
 
+@declared
 class MapAttention(nn.Module):
     """The frame: ``proj((attend(q, k, v) + lepe(v)) * o)`` on maps [B, H, W, dim], q, k, v and o from one projection.
 
@@ -103,6 +104,7 @@ class MapAttention(nn.Module):
 
 
 @opaque  # which backend runs depends on the tensor it gets
+@declared
 class LinearAttention(MapAttention):
     """Linear attention with any named feature map and normalizer, rotary embedding, LePE and gate. [B, H, W, dim]
 

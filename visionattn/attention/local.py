@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from visionattn.kernels import attend, autocast, eager, exporting
 from visionattn.kernels.neighborhood import Axis, Group, Run, positions
 from visionattn.layers.blocks import Linear
-from visionattn.layers.checks import check_heads, check_map
+from visionattn.layers.checks import check_heads, check_map, declared
 
 __all__ = ["CircularWindowAttention", "HaloAttention", "circular_attention"]
 
@@ -137,6 +137,7 @@ def _over_tiles(
     return torch.cat(parts, 1).index_select(1, inverse).unflatten(1, q.shape[1:3])
 
 
+@declared
 class CircularWindowAttention(nn.Module):
     """Every position of a map sees a circle around it, the prefix tokens and a pooled map (CLEAR, arXiv 2412.16112).
 
@@ -200,6 +201,7 @@ class CircularWindowAttention(nn.Module):
         return torch.einsum("bifjghd,fg->bijhd", cells, self.spatial_weight.to(x.dtype)).flatten(1, 2)
 
 
+@declared
 class HaloAttention(nn.Module):
     """Blocks of queries attend to their block and a halo around it (HaloNet, arXiv 2103.12731), without projection.
 

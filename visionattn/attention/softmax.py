@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from visionattn.attention.mixer import Mixer
 from visionattn.kernels import attend
 from visionattn.layers.blocks import Linear
-from visionattn.layers.checks import check_heads
+from visionattn.layers.checks import check_heads, declared
 
 __all__ = ["SelfAttention", "SoftmaxAttention", "SoftmaxMixer"]
 
 
+@declared
 class SelfAttention(nn.Module):
     """The frame: ``proj(attend(q, k, v))`` on maps or sequences, with q, k and v from one projection.
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from visionattn.attention.softmax import SelfAttention
 from visionattn.kernels import attend
 from visionattn.layers.blocks import Linear
+from visionattn.layers.checks import declared
 
 __all__ = ["SelectiveAttention"]
 
@@ -24,6 +25,7 @@ class Temperature(nn.Module):
         return 1 + torch.tanh(self.fc2(F.gelu(self.fc1(x))))
 
 
+@declared
 class SelectiveAttention(SelfAttention):
     """``proj(softmax(t(x) q k^T / sqrt(D)) u(x) v)`` with learned temperatures t and u (SSA, arXiv 2411.12892).
 

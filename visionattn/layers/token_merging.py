@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from visionattn.kernels import exporting, weighted_rows, weighted_rows_reference
 from visionattn.layers.blocks import Linear
+from visionattn.layers.checks import declared
 from visionattn.layers.patch_embed import at_least
 from visionattn.layers.switches import built_for_export
 from visionattn.layers.tracing import opaque
@@ -47,6 +48,7 @@ def _corners(rows: Tensor, columns: Tensor, H: int, W: int) -> tuple[Tensor, Ten
 
 
 @opaque  # how it samples depends on the tensor
+@declared
 class DeformableTokenMerging(nn.Module):
     """``gelu(norm(deformable_conv(x)))`` with a 2x2 kernel and stride 2: half the map, other channels (LITv2).
 
