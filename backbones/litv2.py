@@ -134,8 +134,6 @@ class LITv2(Pyramid):
                 f"depths, num_heads and window_size must have one entry a stage, got {len(depths)}, {len(num_heads)} "
                 f"and {len(windows)}"
             )
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"alpha must be between 0 and 1, got {alpha}")
         rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
         widths = [embed_dim * 2**i for i in range(len(depths))]
         stages = []

@@ -15,6 +15,7 @@ Outside this folder, import from here or from an operator's folder or file, neve
 
 from visionattn.kernels.agent import agent_attention
 from visionattn.kernels.bilevel import bilevel_routing_attention
+from visionattn.kernels.common.attend import attend
 from visionattn.kernels.common.backend import BackendError, get_backend, set_backend, use_backend
 from visionattn.kernels.common.layout import channels_last, crop_map, pad_map
 from visionattn.kernels.common.mode import autocast, autocasting, eager, exporting
@@ -24,6 +25,7 @@ from visionattn.kernels.dense import linear, linear_gelu
 from visionattn.kernels.depthwise import depthwise_conv2d
 from visionattn.kernels.flow import flow_attention
 from visionattn.kernels.focused_map import focused
+from visionattn.kernels.gather import weighted_rows, weighted_rows_reference
 from visionattn.kernels.linear_attn import linear_attention, rotary_tables
 from visionattn.kernels.neighborhood import neighborhood_attention, neighborhood_attention_export
 from visionattn.kernels.pointwise import gated_pointwise
@@ -32,6 +34,7 @@ from visionattn.kernels.window import window_attention, window_attention_export
 __all__ = [
     "BackendError",
     "agent_attention",
+    "attend",
     "autocast",
     "autocasting",
     "bilevel_routing_attention",
@@ -57,6 +60,8 @@ __all__ = [
     "set_tuning",
     "use_backend",
     "use_tuning",
+    "weighted_rows",
+    "weighted_rows_reference",
     "window_attention",
     "window_attention_export",
 ]

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visionattn.kernels.common import twice
+from visionattn.kernels.common.checks import check_same, check_tensors
 from visionattn.kernels.common.flops import flop_formula
 from visionattn.kernels.common.machine import capability
 from visionattn.kernels.common.mode import eager, exporting, transformed
@@ -40,8 +41,21 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Returns:
         The mapped features. [..., D]
+
+    Raises:
+        ValueError: If shapes, dtypes or devices do not fit together.
     """
-    if not _covers(x, weight):
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return _fastest(x, weight, bias)
+    try:
+        return _fastest(x, weight, bias)
+    except (AttributeError, IndexError, RuntimeError, TypeError):
+        _check(x, weight, bias)  # not before: it takes half as long as a small product
+        raise
+
+
+def _fastest(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if not _covers(x, weight, bias):
         return F.linear(x, weight, bias)
     if eager(x):
         return _product(x, weight, bias)
@@ -60,7 +74,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     Returns:
         The activated features. [..., D]
     """
-    if _trained(x, weight) or not _covers(x, weight) or not eager(x):
+    if _trained(x, weight) or not _covers(x, weight, bias) or not eager(x):
         return F.gelu(linear(x, weight, bias))
     form = _library(x, weight, "inference with GELU")
     if form == "onednn":
@@ -68,15 +82,31 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return torch.ops.aten.gelu_(FORMS[form](x, weight, bias))
 
 
-def _covers(x: Tensor, weight: Tensor) -> bool:
-    """Whether there is more than one form to choose from."""
+def _covers(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether there is more than one form to choose from; oneDNN's looks at nothing that it is given."""
     if x.dtype != torch.float32 or weight.dtype != torch.float32 or x.device.type != "cpu" or not ONEDNN:
         return False
-    return x.dim() >= 3 and not torch.is_autocast_enabled("cpu")
+    if x.dim() < 3 or weight.dim() != 2 or x.shape[-1] != weight.shape[1] or weight.device.type != "cpu":
+        return False
+    if bias is not None and (bias.dtype != torch.float32 or bias.shape != weight.shape[:1] or bias.device != x.device):
+        return False
+    return not torch.is_autocast_enabled("cpu")
 
 
 def _trained(x: Tensor, weight: Tensor) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    check_tensors(x=x, weight=weight)
+    check_tensors(True, bias=bias)
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be [D, C], got shape {tuple(weight.shape)}")
+    if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x must be [..., C] with C = {weight.shape[1]} as in weight, got shape {tuple(x.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be [O] with O = {weight.shape[0]} as in weight, got shape {tuple(bias.shape)}")
+    check_same(x, weight=weight, bias=bias)
 
 
 def _samples(x: Tensor) -> tuple[int, int]:

@@ -16,7 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visionattn.kernels.common.backend import choose
-from visionattn.kernels.common.checks import check_same, unsupported_map
+from visionattn.kernels.common.checks import (
+    check_extent,
+    check_filled,
+    check_floating,
+    check_integer,
+    check_same,
+    check_tensors,
+    unsupported_map,
+)
 from visionattn.kernels.common.flops import flop_formula
 from visionattn.kernels.common.jit import jit, tl
 from visionattn.kernels.common.launch import Launch, pointer
@@ -397,6 +405,8 @@ def _unsupported(x: Tensor, weight: Tensor) -> str | None:
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> None:
+    check_tensors(x=x, weight=weight)
+    check_tensors(True, bias=bias)
     if x.dim() != 4:
         raise ValueError(f"x must be [B, C, H, W], got shape {tuple(x.shape)}")
     C = x.shape[1]
@@ -406,6 +416,8 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Non
         raise ValueError(f"weight must have an odd kernel side, got {weight.shape[-1]}")
     if bias is not None and bias.shape != (C,):
         raise ValueError(f"bias must be [C] with C = {C} as in x, got shape {tuple(bias.shape)}")
-    if dilation < 1:
-        raise ValueError(f"dilation must be at least 1, got {dilation}")
+    check_floating(True, x=x)  # PyTorch convolves complex maps, too
+    check_filled("x", x, channel=1)
+    check_integer("dilation", dilation, least=1)
+    check_extent("dilation", (dilation, dilation), x.shape[2:])
     check_same(x, weight=weight, bias=bias)

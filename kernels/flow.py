@@ -12,13 +12,19 @@ Sources compete for attention without a softmax over pairs, so time and memory g
 from __future__ import annotations
 
 import contextlib
-import math
 
 import torch
 from torch import Tensor
 
 from visionattn.kernels.common.backend import choose
-from visionattn.kernels.common.checks import check_same
+from visionattn.kernels.common.checks import (
+    check_filled,
+    check_flags,
+    check_floating,
+    check_same,
+    check_tensors,
+    positive,
+)
 from visionattn.kernels.common.mode import autocasting, exporting
 from visionattn.kernels.common.precision import precise
 from visionattn.kernels.linear_attn import causal_sums
@@ -158,10 +164,12 @@ _IMPLEMENTATIONS = {"torch": flow_attention_torch, "reference": flow_attention_r
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool, eps: float, flow_eps: float) -> None:
+    check_tensors(q=q, k=k, v=v)
+    check_flags(causal=causal)
     if q.dim() not in (4, 5):
         raise ValueError(f"q must be [B, L, heads, D] or [B, H, W, heads, D], got shape {tuple(q.shape)}")
-    if not q.is_floating_point():
-        raise ValueError(f"q must be floating point, got {q.dtype}")
+    check_floating(q=q)
+    check_filled("q", q, head=-2, channel=-1)
     for name, tensor in (("k", k), ("v", v)):
         if tensor.dim() != q.dim() or tensor.shape[0] != q.shape[0] or tensor.shape[-2] != q.shape[-2]:
             shape = tuple(tensor.shape)
@@ -174,8 +182,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool, eps: float, flow_eps: 
         raise ValueError(f"q and k must have at least one position, got {tuple(q.shape)} and {tuple(k.shape)}")
     if causal and k.shape[1:-2] != q.shape[1:-2]:
         raise ValueError(f"causal=True needs as many keys as queries, got {tuple(k.shape)} and {tuple(q.shape)}")
-    if not (eps > 0 and math.isfinite(eps)):
-        raise ValueError(f"eps must be positive, got {eps!r}")
-    if not (flow_eps >= 0 and math.isfinite(flow_eps)) or (causal and flow_eps):
+    check_filled("v", v, channel=-1)
+    positive("eps", eps)
+    if positive("flow_eps", flow_eps, zero=True) and causal:
         raise ValueError(f"flow_eps must be 0 or, without causal, positive, got {flow_eps!r}")
     check_same(q, k=k, v=v)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visionattn.kernels.common.backend import choose
-from visionattn.kernels.common.checks import check_same, unsupported_map
+from visionattn.kernels.common.checks import check_filled, check_floating, check_same, check_tensors, unsupported_map
 from visionattn.kernels.common.flops import flop_formula
 from visionattn.kernels.common.jit import jit, tl
 from visionattn.kernels.common.launch import Launch, pointer
@@ -195,11 +195,16 @@ _IMPLEMENTATIONS = {
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor) -> None:
+    check_tensors(x=x, weight=weight, gate=gate)
+    check_tensors(True, bias=bias)
     if x.dim() != 4:
         raise ValueError(f"x must be [B, C, H, W], got shape {tuple(x.shape)}")
     B, C, H, W = x.shape
     if weight.dim() != 4 or tuple(weight.shape[1:]) != (C, 1, 1):
         raise ValueError(f"weight must be [D, C, 1, 1] with C = {C} as in x, got shape {tuple(weight.shape)}")
+    check_floating(True, x=x)  # PyTorch convolves complex maps, too
+    check_filled("x", x, channel=1)
+    check_filled("weight", weight, output=0)
     D = weight.shape[0]
     if bias is not None and bias.shape != (D,):
         raise ValueError(f"bias must be [D] with D = {D} as in weight, got shape {tuple(bias.shape)}")

@@ -19,7 +19,16 @@ from visionattn.kernels.bilevel.cpu import bilevel_routing_attention_torch
 from visionattn.kernels.bilevel.regions import cut, find_routes, from_regions, split_map
 from visionattn.kernels.bilevel.triton import bilevel_routing_attention_triton, unsupported
 from visionattn.kernels.common.backend import choose
-from visionattn.kernels.common.checks import check_same, per_axis
+from visionattn.kernels.common.checks import (
+    check_extent,
+    check_filled,
+    check_floating,
+    check_integer,
+    check_same,
+    check_tensors,
+    per_axis,
+    positive,
+)
 from visionattn.kernels.common.mode import autocast, eager
 from visionattn.kernels.common.precision import precise_dtype
 
@@ -100,7 +109,7 @@ def bilevel_routing_attention(
     key_region = region if key_region is None else per_axis("key_region", key_region, 2, int)
     if not torch.jit.is_tracing():  # which warns of every comparison
         _check(q, k, v, region, topk, routes, weights, key_region)
-    scale = operator.index(q.shape[-1]) ** -0.5 if scale is None else float(scale)
+    scale = operator.index(q.shape[-1]) ** -0.5 if scale is None else positive("scale", scale)
     q, k, v = autocast(q, k, v)
     chosen = choose("bilevel_routing_attention", q, backend, lambda: unsupported(q, v, weights))
     return _IMPLEMENTATIONS[chosen](q, k, v, region, topk, routes, weights, key_region, scale)
@@ -123,13 +132,17 @@ def _check(
     weights: Tensor | None,
     key_region: tuple[int, int],
 ) -> None:
+    check_tensors(q=q, k=k, v=v)
+    check_tensors(True, routes=routes, weights=weights)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dim() != 5:
             raise ValueError(f"{name} must be [B, H, W, heads, head dim], got shape {tuple(tensor.shape)}")
-    if not q.is_floating_point():
-        raise ValueError(f"q must be floating point, got {q.dtype}")
+    check_floating(q=q)
+    check_filled("q", q, head=3, channel=4)
+    check_filled("v", v, channel=4)
     if min(region) < 1 or min(key_region) < 1:
         raise ValueError(f"region and key_region must be at least 1, got {region} and {key_region}")
+    check_extent("region", region, q.shape[1:3])
     if (topk is None) == (routes is None):
         raise ValueError(
             f"give either topk or routes, got topk={topk} and routes={'None' if routes is None else '...'}"
@@ -146,6 +159,8 @@ def _check(
         raise ValueError(f"k must be {expected} for q of {tuple(q.shape)} in regions, got shape {tuple(k.shape)}")
     if v.shape[:-1] != k.shape[:-1]:
         raise ValueError(f"v must be {(*k.shape[:-1], 'E')} on the map of k, got shape {tuple(v.shape)}")
+    if topk is not None:
+        check_integer("topk", topk)
     if topk is not None and not 1 <= topk <= down * across:
         raise ValueError(f"topk must be from 1 to the number of regions, {down} * {across}, got {topk}")
     if routes is not None and (

@@ -9,6 +9,7 @@ A pass that nobody differentiates costs one look at ``torch.is_grad_enabled()``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from visionattn.kernels.common.mode import autocasting
 
-__all__ = ["gradients", "stand_in", "watch"]
+__all__ = ["Found", "Remade", "gradients", "remake", "stand_in", "watch"]
 
 
 def gradients(form: Callable[..., Tensor], grad: Tensor, tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
@@ -54,30 +55,43 @@ def stand_in(x: Tensor) -> Tensor:
     return x.new_zeros(()).expand(x.shape)
 
 
-def watch(out: Tensor) -> None:
-    """Give a result of PyTorch's fused attention gradients that can be differentiated again."""
+Found = tuple[Tensor | None, ...]
+Remade = tuple[Callable[..., Tensor], Sequence[Tensor | None]]
+
+
+def watch(out: Tensor, kind: str, again: Callable[[Found, tuple[Tensor, ...]], Found | None]) -> None:
+    """Have a function called after the backward pass of one of PyTorch's own opaque operators, given by its result.
+
+    Nearly all that this costs is what PyTorch needs to call any hook; an ``autograd.Function`` around the operator
+    costs more.
+
+    Args:
+        out: The operator's result.
+        kind: How the names of its nodes in autograd's graph begin.
+        again: Calls :func:`remake`; a function of a module, since one made here would be a cycle with the node.
+    """
     node = out.grad_fn
     for _ in range(3):  # what is cut off a result that was padded to what a kernel takes
-        if node is None or node.name().startswith("ScaledDotProduct"):
+        if node is None or node.name().startswith(kind):
             break
         node = node.next_functions[0][0] if node.next_functions else None
-    if node is not None and node.name().startswith("ScaledDotProduct"):
-        node.register_hook(_differentiable)
+    if node is not None and node.name().startswith(kind):
+        node.register_hook(again)
 
 
-def _differentiable(found: tuple[Tensor | None, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...] | None:
-    """Called after the backward pass of fused attention: replaces what it has found by what can be differentiated."""
+def remake(read: Callable[[Any, Tensor], Remade], found: Found, grads: tuple[Tensor, ...]) -> Found | None:
+    """Replace the gradients that a watched node has found by what can be differentiated, if somebody wants to.
+
+    Args:
+        read: Of the node and the gradient of its result: a form of the operator, and the tensors it is applied to.
+        found: What the backward pass has found.
+        grads: What it was given.
+
+    Returns:
+        The gradients; None if ``found`` will do.
+    """
     if not torch.is_grad_enabled() or grads[0] is None:
         return None
-    node = torch._C._current_autograd_node()  # a reference of this function's own would be a cycle
-    mask = getattr(node, "_saved_attn_mask", None)
-    mask = getattr(node, "_saved_attn_bias", None) if mask is None else mask
-    if node._saved_dropout_p > 0:
-        raise RuntimeError("attention with dropout has no second derivatives in PyTorch's fused kernels")
-    scale, causal = node._saved_scale, node._saved_is_causal
-
-    def form(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale)
-
-    again = gradients(form, grads[0], (node._saved_query, node._saved_key, node._saved_value, mask))
+    form, tensors = read(torch._C._current_autograd_node(), grads[0])
+    again = gradients(form, grads[0], tensors)
     return tuple(None if old is None else new for old, new in zip(found, again[: len(found)], strict=True))

@@ -9,7 +9,6 @@ taken first, so time and memory grow with N + M instead of N * M. All sums are f
 from __future__ import annotations
 
 import contextlib
-import math
 import operator
 from collections.abc import Callable
 
@@ -17,7 +16,14 @@ import torch
 from torch import Tensor
 
 from visionattn.kernels.common.backend import choose
-from visionattn.kernels.common.checks import check_same
+from visionattn.kernels.common.checks import (
+    check_filled,
+    check_flags,
+    check_floating,
+    check_same,
+    check_tensors,
+    positive,
+)
 from visionattn.kernels.common.mode import autocast, autocasting, exporting
 from visionattn.kernels.common.precision import precise
 from visionattn.kernels.linear_attn.cpu import linear_attention_torch
@@ -138,7 +144,10 @@ def linear_attention(
         ValueError: If shapes, dtypes or devices do not fit together, or an argument is not one of the allowed.
         BackendError: If the backend that was asked for cannot run this call.
     """
-    query_map, key_map = feature_map if isinstance(feature_map, tuple) else (feature_map, feature_map)
+    maps = feature_map if isinstance(feature_map, tuple) else (feature_map, feature_map)
+    if len(maps) != 2:
+        raise ValueError(f"feature_map must be one or a pair of those of queries and keys, got {len(maps)}")
+    query_map, key_map = maps
     if not (torch.jit.is_tracing() or exporting()):
         _check_options(query_map, key_map, normalizer, eps, key_weights, rank_augmented, causal)
         _check_tensors(q, k, v, rotary, key_weights, residual, gate, normalizer, rank_augmented, causal)
@@ -146,13 +155,15 @@ def linear_attention(
     if len(spatial) > 1:
         q, k, v, residual, gate = (None if t is None else t.flatten(1, -3) for t in (q, k, v, residual, gate))
         key_weights = None if key_weights is None else key_weights.flatten(1, -2)
-    scale = operator.index(q.shape[-1]) ** -0.5 if scale is None else float(scale)
+    scale = operator.index(q.shape[-1]) ** -0.5 if scale is None else positive("scale", scale)
     cast = torch.autocast(q.device.type, enabled=False) if autocasting(q) else contextlib.nullcontext()
     q, k, v, residual, gate = autocast(q, k, v, residual, gate)
     if not isinstance(query_map, str):
         q, query_map = query_map(q), "identity"
     if not isinstance(key_map, str):
         k, key_map = key_map(k), "identity"
+    if rotary is not None and not exporting():
+        _check_turns(rotary, q.shape[-1], k.shape[-1])
     form = Form(query_map, key_map, normalizer, scale, float(eps), rank_augmented, causal)
     chosen = choose("linear_attention", q, backend, lambda: unsupported(q, v, form))
     with cast:
@@ -169,12 +180,12 @@ _IMPLEMENTATIONS = {
 
 def _check_options(query_map, key_map, normalizer, eps, key_weights, rank_augmented, causal) -> None:
     for feature_map in (query_map, key_map):
-        if not callable(feature_map) and feature_map not in FEATURE_MAPS:
+        if not callable(feature_map) and not (isinstance(feature_map, str) and feature_map in FEATURE_MAPS):
             raise ValueError(f"feature_map must be a function or one of {', '.join(FEATURE_MAPS)}, got {feature_map!r}")
-    if normalizer not in NORMALIZERS:
+    if not isinstance(normalizer, str) or normalizer not in NORMALIZERS:
         raise ValueError(f"normalizer must be one of {', '.join(NORMALIZERS)}, got {normalizer!r}")
-    if not (eps > 0 and math.isfinite(eps)):
-        raise ValueError(f"eps must be positive, got {eps!r}")
+    positive("eps", eps)
+    check_flags(rank_augmented=rank_augmented, causal=causal)
     if rank_augmented and key_weights is not None:
         raise ValueError("key_weights must be None where rank_augmented=True computes them")
     if causal and (normalizer not in ("sum", "none") or rank_augmented):
@@ -184,11 +195,23 @@ def _check_options(query_map, key_map, normalizer, eps, key_weights, rank_augmen
         )
 
 
+def _check_turns(rotary: Rotary, query_width: int, key_width: int) -> None:
+    """Every pair of features of queries and keys has a turn."""
+    for name, table in zip(("cosines", "sines"), rotary, strict=True):
+        for width in (query_width, key_width):
+            if 2 * table.shape[1] != width:
+                raise ValueError(
+                    f"rotary must be [N, features / 2] with {width} features, got {name} of shape {tuple(table.shape)}"
+                )
+
+
 def _check_tensors(q, k, v, rotary, key_weights, residual, gate, normalizer, rank_augmented, causal) -> None:
+    check_tensors(q=q, k=k, v=v)
+    check_tensors(True, key_weights=key_weights, residual=residual, gate=gate)
     if q.dim() not in (4, 5):
         raise ValueError(f"q must be [B, N, heads, D] or [B, H, W, heads, D], got shape {tuple(q.shape)}")
-    if not q.is_floating_point():
-        raise ValueError(f"q must be floating point, got {q.dtype}")
+    check_floating(q=q)
+    check_filled("q", q, head=-2, channel=-1)
     for name, tensor in (("k", k), ("v", v)):
         shape = tuple(tensor.shape)
         if tensor.dim() != q.dim() or shape[0] != q.shape[0] or shape[-2] != q.shape[-2]:
@@ -197,12 +220,16 @@ def _check_tensors(q, k, v, rotary, key_weights, residual, gate, normalizer, ran
         raise ValueError(f"k must have the head dim of q, {q.shape[-1]}, got {k.shape[-1]}")
     if v.shape[1:-2] != k.shape[1:-2]:
         raise ValueError(f"v must have the positions of k, {tuple(k.shape[1:-2])}, got {tuple(v.shape[1:-2])}")
+    check_filled("v", v, channel=-1)
     N, M = q.shape[1:-2].numel(), k.shape[1:-2].numel()
     if M == 0 and (normalizer not in ("sum", "none") or rank_augmented):
         raise ValueError(f"normalizer {normalizer!r} takes means over keys, of which there must be at least one")
     if N != M and (causal or rotary is not None):
         raise ValueError(f"causal and rotary need as many keys as queries, got {M} keys and {N} queries")
     if rotary is not None:
+        if not isinstance(rotary, (tuple, list)) or len(rotary) != 2:
+            raise ValueError("rotary must be two tensors, the cosines and the sines")
+        check_tensors(**{"rotary's cosines": rotary[0], "rotary's sines": rotary[1]})
         for name, table in zip(("cosines", "sines"), rotary, strict=True):
             if table.dim() != 2 or len(table) != N or table.device != q.device:
                 raise ValueError(

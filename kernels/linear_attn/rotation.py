@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from visionattn.kernels.common.checks import check_integer, positive
 from visionattn.kernels.common.mode import eager, exporting, transformed
 
 __all__ = ["rotary_tables", "rotate_pairs"]
@@ -89,13 +90,28 @@ def rotary_tables(
         dim: Head dim, a multiple of 4.
         device: Where the tables are made.
         base: Fastest over slowest turn.
+
+    Raises:
+        ValueError: If a size is not positive, or ``dim`` no multiple of 4.
     """
+    if not torch.jit.is_scripting():
+        if not exporting():
+            _check(height, width, dim, base)
     count = dim // 4
     speed = torch.pow(base, torch.arange(count, device=device, dtype=torch.float32) / -max(count - 1, 1))
     rows = torch.arange(height, device=device, dtype=torch.float32)[:, None] * speed
     columns = torch.arange(width, device=device, dtype=torch.float32)[:, None] * speed
     cos = _row_major(rows.cos(), columns.cos())
     return cos, _row_major(rows.sin(), columns.sin())
+
+
+def _check(height: int, width: int, dim: int, base: float) -> None:
+    check_integer("height", height, least=1)
+    check_integer("width", width, least=1)
+    check_integer("dim", dim, least=1)
+    if dim % 4:
+        raise ValueError(f"dim must be a multiple of 4, got {dim}")
+    positive("base", base)
 
 
 def _row_major(rows: Tensor, columns: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from visionattn.kernels.common.backend import choose
-from visionattn.kernels.common.checks import check_same, per_axis
+from visionattn.kernels.common.checks import check_filled, check_floating, check_same, check_tensors, per_axis, positive
 from visionattn.kernels.common.mode import autocast
 from visionattn.kernels.common.precision import precise_dtype
 from visionattn.kernels.neighborhood.cpu import neighborhood_attention_torch
@@ -91,6 +91,8 @@ def neighborhood_attention(
             (pad the map before the projection to queries, keys and values), or ``backend`` is unknown.
         BackendError: If the backend that was asked for cannot run this call.
     """
+    check_tensors(q=q, k=k, v=v)
+    check_tensors(True, bias=bias)
     if not 4 <= q.dim() <= 3 + MAX_AXES:
         raise ValueError(
             f"q must be [B, *spatial, heads, D] with 1 to {MAX_AXES} spatial axes, got shape {tuple(q.shape)}"
@@ -101,7 +103,7 @@ def neighborhood_attention(
     is_causal = per_axis("is_causal", is_causal, axes, bool)
     if not torch.jit.is_tracing():  # which warns of every comparison
         _check(q, k, v, kernel_size, dilation, bias)
-    scale = operator.index(q.shape[-1]) ** -0.5 if scale is None else float(scale)
+    scale = operator.index(q.shape[-1]) ** -0.5 if scale is None else positive("scale", scale)
     q, k, v = autocast(q, k, v)
     chosen = backend
     if backend != "natten":  # never the automatic choice
@@ -134,8 +136,8 @@ def _check(
                 f"kernel_size * dilation must not exceed the map: {K} * {d} = {K * d} on spatial axis {axis} of "
                 f"length {L}; pad the map, or take a smaller window"
             )
-    if not q.is_floating_point():
-        raise ValueError(f"q must be floating point, got {q.dtype}")
+    check_floating(q=q)
+    check_filled("q", q, head=-2, channel=-1)
     for name, tensor in (("k", k), ("v", v)):
         if tensor.shape != shape:
             raise ValueError(f"{name} must be {tuple(shape)} as q is, got shape {tuple(tensor.shape)}")

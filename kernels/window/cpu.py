@@ -60,9 +60,10 @@ class _Tables(NamedTuple):
 
 def covers(qkv: Tensor, bias: Tensor | None, padding: Tensor | None) -> bool:
     """Whether tensors are such that :func:`_window_attention_eager` can take them and is the fastest."""
-    if qkv.device.type != "cpu" or qkv.dtype not in (torch.float32, torch.float64) or qkv.numel() == 0:
+    if qkv.device.type != "cpu" or qkv.dtype not in (torch.float32, torch.float64):
         return False
-    return all(t is None or (eager(t) and t.dtype == qkv.dtype) for t in (qkv, bias, padding))
+    eagerly = all(t is None or (eager(t) and t.dtype == qkv.dtype) for t in (qkv, bias, padding))
+    return eagerly and qkv.numel() > 0  # in this order: a compiler may not know how many samples there are
 
 
 @lru_cache(maxsize=64)

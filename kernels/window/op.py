@@ -9,6 +9,7 @@ where j runs over the window of i, and windows that were shifted over a border o
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visionattn.kernels.common.backend import choose
-from visionattn.kernels.common.checks import check_same, per_axis
+from visionattn.kernels.common.checks import check_extent, check_floating, check_same, check_tensors, per_axis, positive
 from visionattn.kernels.common.mode import autocast, exporting
 from visionattn.kernels.common.precision import precise_dtype
 from visionattn.kernels.window.cpu import window_attention_torch
@@ -107,7 +108,9 @@ def window_attention(
     any_size = exporting()
     if not any_size:
         _check(qkv, window_size, shift, bias, padding)
-    scale = operator.index(qkv.shape[-1]) ** -0.5 if scale is None else float(scale)
+    if isinstance(masked, bool) or not isinstance(masked, (int, float)) or not masked < math.inf:
+        raise ValueError(f"masked must be a number or -inf, got {masked!r}")
+    scale = operator.index(qkv.shape[-1]) ** -0.5 if scale is None else positive("scale", scale)
     qkv, padding = autocast(qkv, padding)
     if not any_size and qkv.shape[1] % window_size[0] == 0 and qkv.shape[2] % window_size[1] == 0:
         padding = None
@@ -126,13 +129,15 @@ def _check(
     qkv: Tensor, window_size: tuple[int, int], shift: tuple[int, int], bias: Tensor | None, padding: Tensor | None
 ) -> None:
     """Raise a ValueError that names what is wrong."""
+    check_tensors(qkv=qkv)
+    check_tensors(True, bias=bias, padding=padding)
     shape = tuple(qkv.shape)
     if len(shape) != 6 or shape[3] != 3:
         raise ValueError(f"qkv must be [B, H, W, 3, heads, D], got shape {shape}")
     if min(shape[1], shape[2], shape[4], shape[5]) < 1:
         raise ValueError(f"qkv must have at least one row, column, head and channel, got shape {shape}")
-    if not qkv.is_floating_point():
-        raise ValueError(f"qkv must be floating point, got {qkv.dtype}")
+    check_floating(qkv=qkv)
+    check_extent("window_size", window_size, shape[1:3])
     for axis, (w, s) in enumerate(zip(window_size, shift, strict=True)):
         if w < 1:
             raise ValueError(f"window_size must be at least 1, got {w} for spatial axis {axis}")

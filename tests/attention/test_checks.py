@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from visionattn import attention
-from visionattn.attention import AgentAttention, Mixer
+from visionattn.attention import AgentAttention, Mixer, WindowAttention
 from visionattn.attention.softmax import SelfAttention
 
 LAYERS = [
@@ -55,3 +55,56 @@ def test_layers_of_maps_name_what_is_none(cls, x):
     with pytest.raises(ValueError, match="x must be .*, got ") as error:
         cls(16, 4)(x)
     assert found in str(error.value) or "spatial axes" in str(error.value)
+
+
+EVERY = [cls for cls in vars(attention).values() if isinstance(cls, type) and issubclass(cls, nn.Module)]
+KINDS = {
+    "int": [-1, 1.5, True, "x", None, [1], float("nan")],
+    "bool": [1, "no", None, [True]],
+    "float": ["x", True, None, [0.5], float("nan"), float("inf")],
+    "str": [1, None, "nonsense"],
+}
+
+
+def declared_arguments(cls):
+    for name, parameter in inspect.signature(cls).parameters.items():
+        kinds = getattr(parameter.annotation, "__name__", str(parameter.annotation)).split(" | ")
+        if name not in ("dim", "num_heads", "head_dim", "device", "dtype") and kinds[0] in KINDS:
+            yield from ((name, v) for v in KINDS[kinds[0]] if v is not None or "None" not in kinds)
+
+
+def build(cls, **arguments):
+    required = {"dim": 16, "num_heads": 4, "head_dim": 4}
+    return cls(**{k: v for k, v in required.items() if k in inspect.signature(cls).parameters} | arguments)
+
+
+@pytest.mark.parametrize("cls", EVERY)
+def test_arguments_that_are_not_what_they_are_declared_to_be_are_named(cls):
+    for name, value in declared_arguments(cls):
+        with pytest.raises(ValueError, match=f"{name} .*must be .*, got") as error:
+            build(cls, **{name: value, "device": "meta"})
+        assert repr(value) in str(error.value), (name, value)
+
+
+@pytest.mark.parametrize("cls", EVERY)
+def test_no_window_is_so_large_that_a_small_map_padded_to_it_fills_the_memory(cls):
+    names = {"window_size", "radius", "split_size", "sr_ratio", "block_size", "halo_size", "kernel_size", "dilation"}
+    for name in names & inspect.signature(cls).parameters.keys():
+        with pytest.raises(ValueError, match=f"{name} .*must .*at most .*, got .*1000000000"):
+            build(cls, **{name: 10**9, "device": "meta"})
+
+
+@pytest.mark.parametrize("shape", [1.5, "7", (7,), (7, 0), (7, 7, 7), float("nan"), True])
+def test_shapes_of_agents_are_rows_and_columns(shape):
+    with pytest.raises(ValueError, match="agent_shape must be a positive integer or two"):
+        AgentAttention(16, 4, agent_shape=shape)
+
+
+@pytest.mark.parametrize("cls", [cls for cls in LAYERS if issubclass(cls, Mixer) and cls is not WindowAttention])
+def test_mixers_of_sequences_name_other_lengths_and_maps(cls):
+    mixer, expected = cls(16, 4, num_prefix_tokens=1), r"\[B, 1 \+ 7 \* 7, C\]"
+    with pytest.raises(ValueError, match="size must be given to a mixer with prefix tokens"):
+        mixer(torch.zeros(1, 7, 7, 16))
+    for x, found in ((torch.zeros(1, 51, 16), r"\(1, 51, 16\)"), (torch.zeros(1, 7, 7, 16), r"\(1, 7, 7, 16\)")):
+        with pytest.raises(ValueError, match=f"x must be a sequence {expected}.*, got shape {found}"):
+            mixer(x, (7, 7))

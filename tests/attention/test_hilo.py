@@ -180,11 +180,11 @@ def test_half_precision_stays_near_float32():
     [
         (dict(num_heads=3), "num_heads must divide dim = 8, got 3"),
         (dict(num_heads=0), "num_heads must divide dim = 8, got 0"),
-        (dict(window_size=0), "window_size must be an integer of at least 1, got 0"),
-        (dict(window_size=2.0), "window_size must be an integer of at least 1, got 2.0"),
-        (dict(alpha=1.1), "alpha must be between 0 and 1, got 1.1"),
-        (dict(alpha=-0.1), "alpha must be between 0 and 1, got -0.1"),
-        (dict(alpha=float("nan")), "alpha must be between 0 and 1, got nan"),
+        (dict(window_size=0), "window_size must be a positive integer, got 0"),
+        (dict(window_size=2.0), "window_size must be a positive integer, got 2.0"),
+        (dict(alpha=1.1), "alpha must be a number from 0 to 1, got 1.1"),
+        (dict(alpha=-0.1), "alpha must be a number from 0 to 1, got -0.1"),
+        (dict(alpha=float("nan")), "alpha must be a number from 0 to 1, got nan"),
     ],
 )
 def test_wrong_arguments_raise(change, message):

@@ -55,11 +55,11 @@ def test_attention_of_the_published_models():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        (dict(alpha=1.5), "alpha must be between 0 and 1, got 1.5"),
-        (dict(alpha=-0.1, window_size=0), "alpha must be between 0 and 1, got -0.1"),
+        (dict(alpha=1.5), "alpha must be a number from 0 to 1, got 1.5"),
+        (dict(alpha=-0.1, window_size=0), "alpha must be a number from 0 to 1, got -0.1"),
         (dict(window_size=(0, 0, 2)), "one entry a stage, got 4, 4 and 3"),
         (dict(depths=(1, 1, 1)), "one entry a stage, got depths 3"),
-        (dict(window_size=(0, 0, -2, 1)), "window_size must be an integer of at least 1, got -2"),
+        (dict(window_size=(0, 0, -2, 1)), "window_size must be a positive integer, got -2"),
         (dict(num_heads=(1, 2, 5, 4)), "num_heads must divide dim = 32, got 5"),
     ],
 )

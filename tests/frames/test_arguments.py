@@ -22,6 +22,11 @@ WRONG = {
     "depths": [(1, 1, -1, 1), (1, 1, 1, 1.5)],
     "num_heads": [0, -2],
     "patch_size": [0],
+    "mlp_ratio": [-1, "x", float("nan"), [4]],
+    "global_pool": [1, "x"],
+    "layer_scale": ["x", True],
+    "mixer_args": [1, "x"],
+    "dilations": [1],
 }
 
 

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 from visionattn.kernels import (
     BackendError,
     agent_attention,
+    attend,
     bilevel_routing_attention,
     depthwise_conv2d,
     flow_attention,
@@ -16,10 +18,14 @@ from visionattn.kernels import (
     linear_attention,
     neighborhood_attention,
     rotary_tables,
+    weighted_rows,
+    weighted_rows_reference,
     window_attention,
 )
 
 ROUTES = torch.tensor([[2, 2], [0, 3], [1, 4], [5, 0], [3, 3], [0, 1], [7, 2], [8, 5], [6, 4]])[None]
+HALF = torch.tensor([[True, False, False], [True, True, False], [True, True, True]])
+CHOSEN = torch.tensor([[0, 4], [1, 1], [4, 2], [3, 3]])
 TABLES = rotary_tables(2, 3, 4)
 
 
@@ -74,6 +80,9 @@ CASES = {
     "flow, causal": ([(1, 5, 2, 3)] * 3, lambda *t, **kw: flow_attention(*t, causal=True, **kw)),
     "dense": ([(2, 5, 4), (3, 4), (3,)], lambda *t, backend=None: linear(*t)),
     "agent": _agents(8, 3),
+    "softmax": ([(1, 2, 4, 3)] * 3, lambda *t, backend=None: attend(*t)),
+    "softmax, masked": ([(1, 2, 3, 3)] * 3, lambda *t, backend=None: attend(*t, HALF, 0.5)),
+    "rows": ([(5, 3), (4, 2)], lambda rows, weight, backend=None: weighted_rows(rows, CHOSEN, weight)),
     "agent, few": _agents(64, 1),
 }
 every_case = pytest.mark.parametrize("case", CASES)
@@ -202,3 +211,36 @@ def test_kernels_that_are_asked_for_refuse_transforms(monkeypatch):
             transform()
     with forward_ad.dual_level(), pytest.raises(BackendError, match="forward-mode"):
         run(forward_ad.make_dual(x, x))
+
+
+@pytest.mark.parametrize("transform", [False, True])
+def test_a_query_that_sees_no_key_gets_zeros_and_finite_gradients(transform):
+    q, k, v = (torch.randn(1, 1, 2, 3, dtype=torch.float64) for _ in range(3))
+    mask = torch.tensor([[True, True], [False, False]])
+    out, pull = torch.func.vjp(lambda *t: attend(*t, mask), q, k, v) if transform else (attend(q, k, v, mask), None)
+    assert not out[:, :, 1].any() and out[:, :, 0].all()
+    assert pull is None or all(g.isfinite().all() for g in pull(torch.ones_like(out)))
+
+
+def test_attention_by_one_door_is_that_of_pytorch_bit_by_bit_and_by_the_same_kernel():
+    q, k, v = (torch.randn(2, 4, 16, 8).requires_grad_() for _ in range(3))
+    found, expected = attend(q, k, v), F.scaled_dot_product_attention(q, k, v)
+    assert found.equal(expected) and found.grad_fn.name() == expected.grad_fn.name() != "CloneBackward0"
+    for mine, theirs in zip(*(torch.autograd.grad(y.sum(), (q, k, v)) for y in (found, expected)), strict=True):
+        assert mine.equal(theirs)
+
+
+def test_attention_is_one_call_of_a_traced_graph():
+    graph = torch.fx.symbolic_trace(lambda x: attend(x, x, x, scale=0.5) + 1)
+    x = torch.randn(1, 1, 4, 3)
+    torch.testing.assert_close(graph(x), attend(x, x, x, scale=0.5) + 1)
+    assert [node.op for node in graph.graph.nodes].count("call_function") == 2
+
+
+def test_sums_of_rows_equal_their_reference():
+    rows, weight = torch.randn(7, 5, dtype=torch.float64), torch.rand(3, 4, dtype=torch.float64)
+    index = torch.randint(7, (3, 4))
+    torch.testing.assert_close(weighted_rows(rows, index, weight), weighted_rows_reference(rows, index, weight))
+    assert weighted_rows(rows.half(), index, weight).dtype == torch.float16
+    script = torch.jit.script(weighted_rows_reference)
+    torch.testing.assert_close(script(rows, index, weight), weighted_rows(rows, index, weight))

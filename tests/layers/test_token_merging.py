@@ -35,7 +35,7 @@ def path(request, monkeypatch):
     if request.param == "exportable":
         monkeypatch.setattr(token_merging, "exporting", lambda: True)
     else:
-        monkeypatch.setattr(token_merging, "_weighted_rows", None)
+        monkeypatch.setattr(token_merging, "bilinear_sample", None)
 
 
 def test_equals_the_authors():

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from visionattn.attention.mixer import Mixer
 from visionattn.kernels import agent_attention
 from visionattn.layers.blocks import DepthwiseConv, resize_table
+from visionattn.layers.checks import check_side, declared
 from visionattn.layers.tracing import opaque
 
 __all__ = ["AgentAttention"]
@@ -18,6 +19,7 @@ TABLE = 7  # side of the coarse bias tables
 
 
 @opaque  # whether tables are resized depends on the size of the map
+@declared
 class AgentAttention(Mixer):
     """``softmax(s q a^T + B2) softmax(s a k^T + B1) v + dwc(v)`` with agents a pooled from q (arXiv 2312.08874).
 
@@ -50,13 +52,12 @@ class AgentAttention(Mixer):
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__(dim, num_heads, input_size=input_size, num_prefix_tokens=num_prefix_tokens, **host, **dd)
-        p = math.isqrt(num_agents) if isinstance(num_agents, int) and num_agents > 0 else 0
+        p = math.isqrt(num_agents) if type(num_agents) is int and num_agents > 0 else 0
         if p == 0 or p * p != num_agents:
             raise ValueError(f"num_agents must be a square number, got {num_agents!r}")
         shape = (p, p) if agent_shape is None else agent_shape
+        check_side("agent_shape", shape)
         self.agent_shape = (shape, shape) if isinstance(shape, int) else (int(shape[0]), int(shape[1]))
-        if min(self.agent_shape) < 1:
-            raise ValueError(f"agent_shape must be positive, got {agent_shape!r}")
         self.table_shape = (p, p)
         h, M, (H, W) = num_heads, num_agents, input_size
         self.dwc = DepthwiseConv(dim, 3, **dd)

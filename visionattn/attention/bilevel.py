@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visionattn.kernels import bilevel_routing_attention, crop_map, exporting, pad_map
+from visionattn.kernels import attend, bilevel_routing_attention, crop_map, exporting, pad_map
 from visionattn.kernels.bilevel import (
     cut,
     from_regions,
@@ -17,7 +17,7 @@ from visionattn.kernels.bilevel import (
     to_regions,
 )
 from visionattn.layers.blocks import DepthwiseConv, Linear
-from visionattn.layers.checks import check_counts, check_heads, check_map
+from visionattn.layers.checks import check_counts, check_heads, check_map, check_side, declared
 from visionattn.layers.switches import built_for_export
 from visionattn.layers.tracing import opaque
 
@@ -29,6 +29,7 @@ PROJECTIONS = ("qkvo", "qkv")
 
 
 @opaque  # which path runs depends on the size of the map
+@declared
 class BiLevelRoutingAttention(nn.Module):
     """``wo(softmax(scale * q k^T) v + lepe(v))`` over the tokens of the ``topk`` regions whose mean keys have the
     largest products with a region's mean query (BiFormer, arXiv 2303.08810); ``lepe`` is a depthwise convolution.
@@ -100,15 +101,11 @@ class BiLevelRoutingAttention(nn.Module):
         check_counts(dim=dim, num_heads=num_heads, qk_dim=self.qk_dim)
         if dim % num_heads or self.qk_dim % num_heads:
             raise ValueError(f"num_heads must divide dim = {dim} and qk_dim = {self.qk_dim}, got {num_heads}")
-        if not isinstance(topk, int) or topk < 1 or (region_size is None and topk > math.prod(self.windows)):
+        if type(topk) is not int or topk < 1 or (region_size is None and topk > math.prod(self.windows)):
             raise ValueError(f"topk must be from 1 to the number of regions, {math.prod(self.windows)}, got {topk!r}")
         _one_of("kv_downsample_mode", kv_downsample_mode, DOWNSAMPLE_MODES)
         _one_of("param_attention", param_attention, PROJECTIONS)
         _one_of("generation", generation, GENERATIONS)
-        if min(kv_downsample_ratio, kv_per_win) < 1:
-            raise ValueError(
-                f"kv_downsample_ratio and kv_per_win must be at least 1, got {kv_downsample_ratio} and {kv_per_win}"
-            )
         if side_dwconv != 0 and side_dwconv % 2 != 1:
             raise ValueError(f"side_dwconv must be odd, or 0 for no convolution, got {side_dwconv}")
         if param_routing and not diff_routing:
@@ -259,6 +256,7 @@ class BiLevelRoutingAttention(nn.Module):
         return x.permute(0, 2, 3, 1).reshape(B, R, size[0] * size[1], C)
 
 
+@declared
 class LePEAttention(nn.Module):
     """``proj(softmax(D ** -0.5 * q k^T) v + lepe)`` over all positions, ``lepe`` a depthwise convolution of the input
     or of the values; BiFormer's last stage (arXiv 2303.08810).
@@ -301,9 +299,7 @@ class LePEAttention(nn.Module):
         B, H, W, C = x.shape
         q, k, v = self.qkv(x).split(C, -1)
         heads = [B, H * W, self.num_heads, C // self.num_heads]
-        y = F.scaled_dot_product_attention(
-            q.reshape(heads).transpose(1, 2), k.reshape(heads).transpose(1, 2), v.reshape(heads).transpose(1, 2)
-        )
+        y = attend(q.reshape(heads).transpose(1, 2), k.reshape(heads).transpose(1, 2), v.reshape(heads).transpose(1, 2))
         y = y.transpose(1, 2).reshape(B, H, W, C)
         if self.lepe_of == "input":
             y = y + self.lepe(x)
@@ -318,7 +314,5 @@ def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
 
 
 def _pair(name: str, value: int | Sequence[int]) -> list[int]:
-    values = list(value) if isinstance(value, (tuple, list)) else [value, value]
-    if len(values) != 2 or not all(isinstance(v, int) and v > 0 for v in values):
-        raise ValueError(f"{name} must be a positive integer or two of them, one per axis, got {value!r}")
-    return values
+    check_side(name, value)
+    return list(value) if isinstance(value, (tuple, list)) else [value, value]

@@ -5,12 +5,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionattn.attention.mixer import Mixer, unknown_size
+from visionattn.kernels import attend
 from visionattn.layers.blocks import DepthwiseConv
+from visionattn.layers.checks import declared
 from visionattn.layers.tracing import opaque
 
 __all__ = ["CrossShapedAttention"]
 
 
+@declared
 class StripeAttention(nn.Module):
     """Softmax attention and a depthwise 3x3 convolution of the values within stripes of a map.
 
@@ -46,7 +49,7 @@ class StripeAttention(nn.Module):
             real = (real_row[:, None] & real_column)[None, :, :, None].expand(B, rows * h, columns * w, 1)
             mask = self._split(real, h, w).flatten(1, 2)[:, None, None, :, 0]  # B*n 1 1 T
         q, k, v = self._split(q, h, w), self._split(k, h, w), self._split(v, h, w)
-        y = F.scaled_dot_product_attention(self._heads(q), self._heads(k), self._heads(v), attn_mask=mask)
+        y = attend(self._heads(q), self._heads(k), self._heads(v), mask)
         y = y.transpose(1, 2).reshape(v.shape) + self.get_v(v)
         y = y.reshape(B, rows, columns, h, w, C).transpose(2, 3).reshape(B, rows * h, columns * w, C)
         return y[:, :H, :W] if padded else y
@@ -61,6 +64,7 @@ class StripeAttention(nn.Module):
 
 
 @opaque  # how many stripes there are depends on the size of the map
+@declared
 class CrossShapedAttention(Mixer):
     """Half of the heads attend within columns, half within rows, ``split_size`` wide (CSwin, arXiv 2107.00652).
 

@@ -7,13 +7,14 @@ from visionattn.attention.softmax import SelfAttention
 from visionattn.kernels import flow_attention
 from visionattn.kernels.flow import flow_attention_torch
 from visionattn.layers.blocks import Linear, in_slices
-from visionattn.layers.checks import check_heads
+from visionattn.layers.checks import check_heads, declared
 from visionattn.layers.tracing import opaque
 
 __all__ = ["CrossFlowAttention", "FlowAttention"]
 
 
 @opaque  # how it runs depends on the tensor it gets
+@declared
 class FlowAttention(SelfAttention):
     """``proj(flow_attention(q, k, v))`` of every position with all others (Flowformer, arXiv 2202.06258).
 
@@ -65,6 +66,7 @@ class FlowAttention(SelfAttention):
 
 
 @opaque
+@declared
 class CrossFlowAttention(nn.Module):
     """``out_projection(flow_attention(q(x), k(source), v(source)))``, the authors' general layer (arXiv 2202.06258).
 

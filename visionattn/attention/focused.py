@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from visionattn.attention.mixer import LinearMixer
 from visionattn.layers.blocks import DepthwiseConv, Unused, resize_table
+from visionattn.layers.checks import declared
 from visionattn.layers.intact import intact
 from visionattn.layers.tracing import opaque
 
@@ -105,6 +106,7 @@ class FocusedLinearAttention(_PositionedLinearAttention):
 
 
 @opaque  # whether positions are resized depends on the size of the map
+@declared
 class SimplifiedLinearAttention(_PositionedLinearAttention):
     """``relu(q) (relu(k)^T v) / (relu(q) . sum relu(k)) + dwc(v)`` (SLAB, arXiv 2405.11582).
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from visionattn.attention.softmax import SelfAttention
 from visionattn.kernels import linear_attention, precise
 from visionattn.kernels.linear_attn import causal_sums, mix
+from visionattn.layers.checks import declared
 from visionattn.layers.tracing import opaque
 
 __all__ = ["HedgehogAttention", "HedgehogFeatures", "attention_transfer_loss", "attention_weight_loss", "transfer"]
@@ -52,6 +53,7 @@ class HeadProjection(nn.Module):
         return z if bias is None else z + bias.flatten(1)[..., None]
 
 
+@declared
 class HedgehogFeatures(nn.Module):
     """The feature map ``phi(x W)`` (Hedgehog, arXiv 2402.04347). [B, N, h, D] to [B, N, h, F] or [B, N, h, 2 F]
 
@@ -109,6 +111,7 @@ class HedgehogFeatures(nn.Module):
 
 
 @opaque  # how it runs depends on the tensor it gets
+@declared
 class HedgehogAttention(SelfAttention):
     """Linear attention with Hedgehog's feature maps of queries and keys, optionally softmax within a causal window.
 

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from timm.layers import use_fused_attn
 from torch import Tensor, nn
 
+from visionattn.kernels import attend
 from visionattn.layers.blocks import Linear, crop, pad_to_multiple
-from visionattn.layers.checks import check_heads, check_map
+from visionattn.layers.checks import check_heads, check_map, declared
 from visionattn.layers.tracing import opaque
 
 __all__ = ["HiLoAttention", "hilo_attention"]
@@ -89,11 +90,12 @@ def _to_pooled(q: Tensor, kv: Tensor, scale: float, fused: bool) -> Tensor:
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, fused: bool) -> Tensor:
     if fused:
-        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+        return attend(q, k, v, None, scale)
     return ((q @ k.transpose(-2, -1)) * scale).softmax(-1) @ v
 
 
 @opaque  # whether the map is padded depends on its size
+@declared
 class HiLoAttention(nn.Module):
     """Attention with ``int(num_heads * alpha)`` heads on a pooled map and the others in windows (arXiv 2205.13213).
 
@@ -127,10 +129,6 @@ class HiLoAttention(nn.Module):
         dd = {"device": device, "dtype": dtype}
         super().__init__()
         check_heads(dim, num_heads)
-        if not isinstance(window_size, int) or window_size < 1:
-            raise ValueError(f"window_size must be an integer of at least 1, got {window_size!r}")
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"alpha must be between 0 and 1, got {alpha}")
         self.fused_attn = use_fused_attn()
         self.window_size = window_size
         self.head_dim = dim // num_heads

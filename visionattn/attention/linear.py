@@ -1,20 +1,20 @@
 """Linear attention on maps, RALA's and MALA's among it, and softmax attention in the same frame."""
 
 import torch
-import torch.nn.functional as F
 from timm.layers import use_fused_attn
 from torch import Tensor, nn
 
-from visionattn.kernels import linear_attention, precise, rotary_tables
+from visionattn.kernels import attend, linear_attention, precise, rotary_tables
 from visionattn.kernels.linear_attn import FEATURE_MAPS, NORMALIZERS, features, mix, rotate_pairs
 from visionattn.layers.blocks import Linear, in_slices
-from visionattn.layers.checks import check_heads, check_map
+from visionattn.layers.checks import check_heads, check_map, declared
 from visionattn.layers.switches import built_for_export
 from visionattn.layers.tracing import opaque
 
 __all__ = ["LinearAttention", "MagnitudeAwareAttention", "RankAugmentedAttention", "RotaryAttention"]
 
 
+@declared
 class MapAttention(nn.Module):
     """The frame: ``proj((attend(q, k, v) + lepe(v)) * o)`` on maps [B, H, W, dim], q, k, v and o from one projection.
 
@@ -104,6 +104,7 @@ class MapAttention(nn.Module):
 
 
 @opaque  # which backend runs depends on the tensor it gets
+@declared
 class LinearAttention(MapAttention):
     """Linear attention with any named feature map and normalizer, rotary embedding, LePE and gate. [B, H, W, dim]
 
@@ -240,7 +241,7 @@ class RotaryAttention(MapAttention):
             k = rotate_pairs(k, rotary[0], rotary[1]).to(v.dtype)
         q, k, values = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # B h N D
         if self.fused_attn:
-            y = F.scaled_dot_product_attention(q, k, values, scale=self.scale)
+            y = attend(q, k, values, None, self.scale)
         else:
             y = ((q * self.scale) @ k.transpose(-1, -2)).softmax(-1) @ values
         y = y.transpose(1, 2)

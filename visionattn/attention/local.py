@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from visionattn.kernels import autocast, eager, exporting
+from visionattn.kernels import attend, autocast, eager, exporting
 from visionattn.kernels.neighborhood import Axis, Group, Run, positions
 from visionattn.layers.blocks import Linear
-from visionattn.layers.checks import check_heads, check_map
+from visionattn.layers.checks import check_heads, check_map, declared
 
 __all__ = ["CircularWindowAttention", "HaloAttention", "circular_attention"]
 
@@ -49,7 +49,7 @@ def circular_attention(
         raise ValueError("more_k and more_v must be given together and be of one shape")
     q, k, v, more_k, more_v = autocast(q, k, v, more_k, more_v)
 
-    def attend(group: Group, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def tile(group: Group, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         dy, dx = (_distances(axis.run, q.device) for axis in group.axes)
         seen = dy.square()[:, None, :, None] + dx.square()[None, :, None, :] < radius**2
         seen = seen.reshape(group.queries, group.keys)
@@ -59,18 +59,18 @@ def circular_attention(
                 for t, more in ((k, more_k), (v, more_v))
             )
             seen = F.pad(seen, (0, more_k.shape[1]), value=True)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        return attend(q, k, v, seen)
 
     groups = _blocks(q.shape[1:3], TILE, radius - 1)
     if eager(q) and q.device.type == "cpu":
-        out = _over_tiles(q, k, v, groups, attend)
+        out = _over_tiles(q, k, v, groups, tile)
         # What spreads within a tile, from keys and values that its other queries do not see, is never finite.
         if out.detach().sum(dtype=torch.promote_types(out.dtype, torch.float32)).isfinite():
             return out
     elif exporting():
-        return _over_tiles(q, k, v, groups, attend)
+        return _over_tiles(q, k, v, groups, tile)
     sound = (k.isfinite() & v.isfinite()).all(-1)
-    out = _over_tiles(q, *(torch.where(sound[..., None], t, 0) for t in (k, v)), groups, attend)
+    out = _over_tiles(q, *(torch.where(sound[..., None], t, 0) for t in (k, v)), groups, tile)
     return out.masked_fill(_seen_in_circle(~sound, radius)[..., None], torch.nan)
 
 
@@ -137,6 +137,7 @@ def _over_tiles(
     return torch.cat(parts, 1).index_select(1, inverse).unflatten(1, q.shape[1:3])
 
 
+@declared
 class CircularWindowAttention(nn.Module):
     """Every position of a map sees a circle around it, the prefix tokens and a pooled map (CLEAR, arXiv 2412.16112).
 
@@ -185,7 +186,7 @@ class CircularWindowAttention(nn.Module):
         more_k, more_v = (torch.cat(parts, 1) for parts in zip(prefix_kv, *pooled, strict=True))
         out = circular_attention(q, k, v, self.radius, more_k, more_v)
         every = (torch.cat([a, b.flatten(1, 2)], 1) for a, b in zip(prefix_kv, (k, v), strict=True))
-        tokens = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (prefix_q, *every))).transpose(1, 2)
+        tokens = attend(*(t.transpose(1, 2) for t in (prefix_q, *every))).transpose(1, 2)
         return self.proj(out.flatten(-2)), self.proj(tokens.flatten(-2))
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -200,6 +201,7 @@ class CircularWindowAttention(nn.Module):
         return torch.einsum("bifjghd,fg->bijhd", cells, self.spatial_weight.to(x.dtype)).flatten(1, 2)
 
 
+@declared
 class HaloAttention(nn.Module):
     """Blocks of queries attend to their block and a halo around it (HaloNet, arXiv 2103.12731), without projection.
 

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visionattn.kernels import exporting, focused, linear_attention, precise
+from visionattn.kernels import eager, exporting, focused, linear_attention, precise
 from visionattn.kernels.linear_attn import features, mix
 from visionattn.layers.blocks import Linear
-from visionattn.layers.checks import check_heads, check_map, check_side
+from visionattn.layers.checks import check_heads, check_map, check_side, check_tensor, declared
 from visionattn.layers.norms import fold_before
 from visionattn.layers.switches import built_for_export
 
@@ -36,6 +36,7 @@ def unknown_size() -> bool:
         return exporting()
 
 
+@declared
 class Mixer(nn.Module):
     """Base of the token mixers that a host can put into its blocks: ``proj(attend(qkv(x)))``.
 
@@ -99,18 +100,28 @@ class Mixer(nn.Module):
             The mixed tokens, shaped as ``x``.
 
         Raises:
-            ValueError: If ``x`` is no map and ``size`` is not given.
+            ValueError: If ``x`` is no map and ``size`` is not given, or no sequence of that size and it is.
         """
         tokens = x
         if size is None:
             check_map(x)
+            if self.num_prefix_tokens > 0:
+                raise ValueError("size must be given to a mixer with prefix tokens, which takes a sequence, got a map")
             H, W = x.shape[1], x.shape[2]
             tokens = x.reshape(x.shape[0], H * W, x.shape[3])
         else:
             H, W = size
+            if not torch.jit.is_scripting():
+                self._check_length(x, H, W)
         context = tokens if stream is None else stream.reshape(tokens.shape)
         q, k, v = self.qkv(tokens).chunk(3, -1)
         return self.proj_drop(self.proj(self.attend(q, k, v, H, W, context))).reshape(x.shape)
+
+    def _check_length(self, x: Tensor, H: int, W: int) -> None:
+        check_tensor(x, "a sequence [B, N, C]")
+        if eager(x) and (x.dim() != 3 or x.shape[1] != self.num_prefix_tokens + H * W):
+            expected = f"[B, {self.num_prefix_tokens} + {H} * {W}, C]"
+            raise ValueError(f"x must be a sequence {expected} for size {(H, W)}, got shape {tuple(x.shape)}")
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, H: int, W: int, context: Tensor) -> Tensor:
         """Mix the values; heads are consecutive runs of D channels.

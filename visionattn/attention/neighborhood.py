@@ -1,5 +1,6 @@
 """Neighborhood attention: every position attends to the K nearest per axis. B batch, h heads, D head dim, K window."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from visionattn.kernels import exporting, neighborhood_attention, neighborhood_attention_export
 from visionattn.layers.blocks import Linear
-from visionattn.layers.checks import check_heads, check_tensor
+from visionattn.layers.checks import LARGEST, check_heads, check_tensor, declared
 from visionattn.layers.patch_embed import shortfall
 from visionattn.layers.switches import built_for_export
 from visionattn.layers.tracing import opaque
@@ -21,6 +22,7 @@ SMALL_MAPS = ("pad", "shrink", "error")
 
 
 @opaque  # which path runs depends on the size of the map
+@declared
 class NeighborhoodAttention(nn.Module):
     """``proj(softmax(scale * q k^T + rpb) v)`` over each position's window (arXiv 2204.07143, dilated 2209.15001).
 
@@ -70,7 +72,7 @@ class NeighborhoodAttention(nn.Module):
         dd = {"device": device, "dtype": dtype}
         super().__init__()
         check_heads(dim, num_heads)
-        if axes not in (1, 2, 3):
+        if isinstance(axes, bool) or axes not in (1, 2, 3):
             raise ValueError(f"axes must be 1, 2 or 3, got {axes!r}")
         if position not in POSITIONS:
             raise ValueError(f"position must be one of {', '.join(POSITIONS)}, got {position!r}")
@@ -83,6 +85,11 @@ class NeighborhoodAttention(nn.Module):
         self.is_causal = [bool(causal) for causal in _per_axis("is_causal", is_causal, axes)]
         if min(self.kernel_size) < 1 or min(self.dilation) < 1:
             raise ValueError(f"kernel_size and dilation must be at least 1, got {kernel_size!r} and {dilation!r}")
+        padded = self.dilation if small_maps == "pad" else [1] * axes
+        if math.prod(K * d for K, d in zip(self.kernel_size, padded, strict=True)) > LARGEST**2:
+            raise ValueError(
+                f"kernel_size * dilation must span at most {LARGEST**2} positions, got {kernel_size!r} and {dilation!r}"
+            )
         if position == "rope" and self.head_dim % (2 * axes):
             raise ValueError(f"position 'rope' needs a head dim divisible by {2 * axes}, got {self.head_dim}")
         self.scale = self.head_dim**-0.5 if scale is None else float(scale)
@@ -192,7 +199,8 @@ class NeighborhoodAttention(nn.Module):
 
 def _per_axis(name: str, value: int | Sequence[int], axes: int) -> list[int]:
     values = list(value) if isinstance(value, (tuple, list)) else [value] * axes
-    if len(values) != axes or not all(isinstance(v, int) for v in values):
+    flags = name == "is_causal"
+    if len(values) != axes or not all(isinstance(v, int) and isinstance(v, bool) == flags for v in values):
         raise ValueError(f"{name} must be one value or {axes}, one per spatial axis, got {value!r}")
     return values
 

@@ -3,16 +3,17 @@
 B batch, N positions, h heads, D head dim.
 """
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionattn.attention.mixer import Mixer
+from visionattn.kernels import attend
 from visionattn.layers.blocks import Linear
-from visionattn.layers.checks import check_heads
+from visionattn.layers.checks import check_heads, declared
 
 __all__ = ["SelfAttention", "SoftmaxAttention", "SoftmaxMixer"]
 
 
+@declared
 class SelfAttention(nn.Module):
     """The frame: ``proj(attend(q, k, v))`` on maps or sequences, with q, k and v from one projection.
 
@@ -62,7 +63,7 @@ class SoftmaxAttention(SelfAttention):
     """
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
-        y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        y = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return y.transpose(1, 2)
 
 
@@ -73,4 +74,4 @@ class SoftmaxMixer(Mixer):
     uses_map = False
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, H: int, W: int, context: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(self.heads(q), self.heads(k), self.heads(v)).transpose(1, 2).flatten(2)
+        return attend(self.heads(q), self.heads(k), self.heads(v)).transpose(1, 2).flatten(2)

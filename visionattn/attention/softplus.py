@@ -5,10 +5,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visionattn.attention.softmax import SelfAttention
+from visionattn.layers.checks import declared
 
 __all__ = ["SoftplusAttention"]
 
 
+@declared
 class SoftplusAttention(SelfAttention):
     """``proj(a v)``, ``a[i, j] = softplus(s q_i . k_j) / sum_j softplus(s q_i . k_j)`` (after arXiv 2501.13428).
 

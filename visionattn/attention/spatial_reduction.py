@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visionattn.kernels import attend
 from visionattn.layers.blocks import Linear
-from visionattn.layers.checks import check_heads, check_map
+from visionattn.layers.checks import check_heads, check_map, declared
 from visionattn.layers.norms import check_foldable, fold_before, fold_into
 from visionattn.layers.tracing import opaque
 
@@ -16,6 +17,7 @@ __all__ = ["SpatialReductionAttention"]
 
 
 @opaque  # whether it pads depends on the size of the map
+@declared
 class SpatialReductionAttention(nn.Module):
     """Softmax attention of every position to squares of ``sr_ratio`` positions a side (PVT, arXiv 2102.12122).
 
@@ -45,8 +47,6 @@ class SpatialReductionAttention(nn.Module):
         dd = {"device": device, "dtype": dtype}
         super().__init__()
         check_heads(dim, num_heads)
-        if sr_ratio < 1:
-            raise ValueError(f"sr_ratio must be positive, got {sr_ratio}")
         self.num_heads = num_heads
         self.sr_ratio = sr_ratio
         self.q = Linear(dim, dim, bias=qkv_bias, **dd)
@@ -68,7 +68,7 @@ class SpatialReductionAttention(nn.Module):
                 maps = F.pad(maps, [0, right, 0, down], mode="replicate")
             reduced = self.norm(self.sr(maps).permute(0, 2, 3, 1))
         k, v = self.kv(reduced.flatten(1, 2)).unflatten(-1, [2, h, -1]).permute(2, 0, 3, 1, 4).unbind(0)
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        y = attend(q, k, v).transpose(1, 2)
         return self.proj(y.reshape(x.shape))
 
     @torch.no_grad()

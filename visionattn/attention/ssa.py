@@ -5,7 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionattn.attention.softmax import SelfAttention
+from visionattn.kernels import attend
 from visionattn.layers.blocks import Linear
+from visionattn.layers.checks import declared
 
 __all__ = ["SelectiveAttention"]
 
@@ -23,6 +25,7 @@ class Temperature(nn.Module):
         return 1 + torch.tanh(self.fc2(F.gelu(self.fc1(x))))
 
 
+@declared
 class SelectiveAttention(SelfAttention):
     """``proj(softmax(t(x) q k^T / sqrt(D)) u(x) v)`` with learned temperatures t and u (SSA, arXiv 2411.12892).
 
@@ -59,5 +62,5 @@ class SelectiveAttention(SelfAttention):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
         q = q * self.query_temperature(x)[..., None]
         v = v * self.value_temperature(x)[..., None]
-        y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        y = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return y.transpose(1, 2)

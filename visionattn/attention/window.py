@@ -8,7 +8,7 @@ from visionattn.attention.mixer import Mixer, unknown_size
 from visionattn.kernels import window_attention, window_attention_export
 from visionattn.kernels.window import MASKED
 from visionattn.layers.blocks import Linear, crop, pad_to_multiple
-from visionattn.layers.checks import check_map
+from visionattn.layers.checks import check_map, declared
 from visionattn.layers.intact import intact
 from visionattn.layers.norms import check_foldable
 from visionattn.layers.switches import built_for_export
@@ -18,6 +18,7 @@ __all__ = ["WindowAttention"]
 
 
 @opaque  # whether it pads and shifts depends on the size of the map
+@declared
 class WindowAttention(Mixer):
     """Softmax attention within windows, with a learned bias per distance (Swin, arXiv 2103.14030).
 
@@ -51,8 +52,6 @@ class WindowAttention(Mixer):
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__(dim, num_heads, input_size, qkv_bias=qkv_bias, **dd)
-        if window_size < 1:
-            raise ValueError(f"window_size must be positive, got {window_size}")
         self.window_size = min(window_size, input_size[0], input_size[1])
         self.masked = MASKED
         self.exportable = built_for_export()

@@ -1,10 +1,9 @@
 """What the arguments of networks mean, by their names: checked before a network is built, for every family alike."""
 
-from collections.abc import Callable
-from functools import wraps
-from inspect import BoundArguments, signature
+from collections.abc import Callable, Mapping
+from inspect import Parameter
 
-from visionattn.layers.checks import check_counts, check_shares, check_side
+from visionattn.layers.checks import check_counts, check_declared, check_shares, check_side, guarded
 
 __all__ = ["checked"]
 
@@ -13,6 +12,9 @@ COUNTS += ("head_dim", "sr_ratios", "split_sizes")
 SHARES = ("drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate")
 STAGES = ("embed_dims", "depths", "num_heads", "mixers", "mlp_ratios", "sr_ratios", "split_sizes", "layer_scales")
 STAGES += ("dilations", "topks")
+# What timm's pooling takes; that of tokens, less.
+POOLS = ("", "avg", "max", "avgmax", "catavgmax", "fast", "fastavg", "fastmax", "fastavgmax", "fastcatavgmax")
+POOLS += ("token", "map")
 
 
 def checked(init: Callable[..., None]) -> Callable[..., None]:
@@ -20,23 +22,11 @@ def checked(init: Callable[..., None]) -> Callable[..., None]:
 
     It raises ``ValueError`` with name, value and what is allowed.
     """
-
-    @wraps(init)
-    def __init__(self, *args, **kwargs) -> None:
-        try:
-            bound = signature(init).bind(self, *args, **kwargs)
-        except TypeError:  # which the constructor itself tells best
-            pass
-        else:
-            bound.apply_defaults()
-            _check(bound)
-        init(self, *args, **kwargs)
-
-    return __init__
+    return guarded(init, _check)
 
 
-def _check(bound: BoundArguments) -> None:
-    given = {name: value for name, value in bound.arguments.items() if value is not None}
+def _check(arguments: Mapping[str, object], parameters: Mapping[str, Parameter]) -> None:
+    given = {name: value for name, value in arguments.items() if value is not None}
     for name, value in given.items():
         if name in COUNTS or name == "depths":
             for one in value if isinstance(value, (tuple, list)) else [value]:
@@ -47,6 +37,9 @@ def _check(bound: BoundArguments) -> None:
             check_shares(**{name: value})
         elif name == "img_size":
             check_side(name, value)
+        elif name == "global_pool" and value not in POOLS:
+            raise ValueError(f"global_pool must be one of {', '.join(map(repr, POOLS))}, got {value!r}")
+    check_declared(arguments, parameters)
     lengths = {name: len(given[name]) for name in STAGES if isinstance(given.get(name), (tuple, list))}
     if len(set(lengths.values())) > 1:
         found = ", ".join(f"{name} {length}" for name, length in lengths.items())

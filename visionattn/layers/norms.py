@@ -11,6 +11,7 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from visionattn.layers.checks import declared
 from visionattn.layers.intact import hooked, intact
 from visionattn.layers.tracing import opaque
 
@@ -50,6 +51,7 @@ class Affine(nn.Module):
         return _affine(x, self.scale, self.shift, self.nchw)
 
 
+@declared
 class RepBN(nn.Module):
     """``BN(x) + alpha * x`` over the last axis, with one learned alpha.
 
@@ -99,6 +101,7 @@ class RepBN(nn.Module):
 
 
 @opaque  # a traced graph would keep the step of the schedule
+@declared
 class PRepBN(nn.Module):
     """Layer norm that turns into RepBN: in training ``lerp(RepBN(x), LN(x), step / total_step)``, then RepBN alone.
 

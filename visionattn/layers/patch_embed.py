@@ -12,6 +12,7 @@ from timm.layers import register_notrace_function, resample_abs_pos_embed_nhwc, 
 from torch import Tensor, nn
 
 from visionattn.kernels import channels_last
+from visionattn.layers.checks import declared
 from visionattn.layers.tracing import opaque
 
 __all__ = ["PatchEmbed", "PrefixPatchEmbed", "position_embedding", "resize_position_embedding", "shortfall"]
@@ -110,6 +111,7 @@ class _Patches(nn.Module):
         return self.norm(x.permute(0, 2, 3, 1))
 
 
+@declared
 class PatchEmbed(_Patches):
     """Patches side by side, each projected to a vector, and the embedding of their positions.
 
@@ -152,6 +154,7 @@ class PatchEmbed(_Patches):
         return x.permute(0, 3, 1, 2) if self.nchw else x
 
 
+@declared
 class PrefixPatchEmbed(_Patches):
     """``PatchEmbed`` behind learned tokens that belong to no place, the class token first among them.
 
