@@ -1,7 +1,6 @@
 """Every row of the manifest: says what it must, and leads to a model that can take its weights."""
 
 import dataclasses
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ import visionattn
 from tests.backbones.test_parity import CASES
 from tests.parity import load_fixture
 from visionattn.weights.commands.table import markdown
-from visionattn.weights.commands.translate import translated
+from visionattn.weights.commands.translate import shadow, translated
 from visionattn.weights.locate import cache_name, first_url
 from visionattn.weights.manifest import FACTS, checkpoints, link, manifest, pretrained_cfgs
 
@@ -23,11 +22,6 @@ FIELDS = {field.name for field in dataclasses.fields(PretrainedCfg)}
 MODELS = [name for name, row in checkpoints().items() if row["model"]]
 every_row = pytest.mark.parametrize("name", checkpoints())
 every_model = pytest.mark.parametrize("name", MODELS)
-
-
-@cache
-def model(arch, **kwargs):
-    return timm.create_model(arch, device="meta", **kwargs)
 
 
 @every_row
@@ -50,7 +44,7 @@ def test_row_is_well_formed(name):
 
 @every_model
 def test_model_builds_on_the_meta_device_and_its_preprocessing_resolves(name):
-    net = model(name.partition(".")[0])
+    net = shadow(name.partition(".")[0])
     cfg = timm.get_pretrained_cfg(name)
     row = checkpoints()[name]
     assert cfg.num_classes == row["num_classes"] and cfg.license == row["license"]
