@@ -2,6 +2,7 @@
 
 manifest    which checkpoints exist, where they lie, how their images are prepared
 locate      from a model's name to a file on this machine
+connect     the connection to a server that may be slow, broken or of ill will
 download    fetching it so that a half, wrong or foreign file never gets its name
 seen        that a download stays what it was when it was first of use
 files       what a file is by its first bytes, before any reader is let near it

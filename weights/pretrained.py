@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from timm.models import get_pretrained_cfg, resolve_pretrained_cfg
+from timm.models import create_model, get_pretrained_cfg, resolve_pretrained_cfg
 from torch import Tensor, nn
 
 from visionattn.errors import one_line, some
@@ -61,7 +61,8 @@ def with_weights(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> tupl
         return rename, kwargs
     name = f"{variant}.{resolved.tag}" if resolved.tag else variant
     row = {key: value for key, value in dataclasses.asdict(resolved).items() if value is not None}
-    path = locate(name, published(name) | row, kwargs.get("cache_dir"))
+    there = locate(name, published(name) | row, kwargs.get("cache_dir"), download=False)
+    path = there or locate(name, published(name) | row, kwargs.get("cache_dir"))
 
     fetched = not row.get("file") and path.parent == Path(kwargs.get("cache_dir") or settings.folder())
 
@@ -73,12 +74,25 @@ def with_weights(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> tupl
         except WeightsError as error:
             if not fetched:
                 raise
+            if there is None and not row.get("sha256") and not belongs(path, variant, rename):
+                path.unlink(missing_ok=True)
+                raise WeightsError(f"{error}. Nor does it fit as it is registered: the download was removed") from error
             raise WeightsError(f"{error}. If the file itself is wrong, remove {path} to download it again") from error
         if fetched:
             note_seen(path)
         return state
 
     return read_and_rename, kwargs | {"pretrained_cfg_overlay": overlay | {"state_dict": {"file": str(path)}}}
+
+
+def belongs(path: Path, variant: str, rename: Filter | None) -> bool:
+    """Whether a file fits a model as it is registered, so that only this call's arguments are in its way."""
+    model = create_model(variant, device="meta")
+    try:
+        report(variant, path, renamed(path, rename, model), model)
+    except WeightsError:
+        return False
+    return True
 
 
 def renamed(path: Path, rename: Filter | None, model: nn.Module) -> dict[str, Tensor]:
