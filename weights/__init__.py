@@ -7,6 +7,7 @@ download    fetching it so that a half, wrong or foreign file never gets its nam
 seen        that a download stays what it was when it was first of use
 files       what a file is by its first bytes, before any reader is let near it
 read        tensors out of a stranger's file, of which nothing runs
+legacy      what files of old PyTorch claim to hold
 numbers     NumPy's numbers in them, which NumPy itself must not read
 limits      what they may say beside their tensors
 rename      from the parameter names of a release to ours
