@@ -152,6 +152,10 @@ def fitting_weights(path: str | Path, fits: Callable[[dict[str, Tensor]], bool])
     if usual and fits(usual):
         return usual, ""
     found = {stripped: state for stripped, state in _readings(content) if fits(state)}
+    held = {stripped: {id(value) for value in state.values()} for stripped, state in found.items()}
+    for stripped in list(found):  # of the same weights the reading that strips most, with fewest names beside them
+        if any(held[stripped] >= held[other] for other in found if other != stripped):
+            del found[stripped]
     if len(found) > 1:
         raise WeightsError(f"{path} holds several weights that fit ({', '.join(found)}): save the ones you mean alone")
     if found:

@@ -18,11 +18,11 @@ from visionattn.weights.download import sha256_of
 from visionattn.weights.errors import WeightsError
 from visionattn.weights.export import write_weights
 from visionattn.weights.families import release_filter
-from visionattn.weights.load import classifiers
+from visionattn.weights.load import classifiers, unusable
 from visionattn.weights.locate import added_file, cache_name, first_url
 from visionattn.weights.read import fitting_weights
 
-__all__ = ["Translation", "add", "detect", "shadow", "translate", "translated", "unusable"]
+__all__ = ["Translation", "add", "detect", "shadow", "translate", "translated"]
 
 
 @dataclass
@@ -140,17 +140,6 @@ def detect(state: dict[str, Tensor], file_name: str = "") -> str:
     if len(names) > 1:
         raise WeightsError(f"these weights fit {', '.join(names)} alike: say which they are with --model")
     return names[0]
-
-
-def unusable(state: dict[str, Tensor], own: dict[str, Tensor]) -> list[str]:
-    """The parameters in ``state`` that no model can compute with, each with the reason."""
-    found = []
-    for name, value in state.items():
-        if own[name].is_floating_point() and not value.is_floating_point():
-            found.append(f"{name} has numbers of type {str(value.dtype).removeprefix('torch.')}")
-        elif value.is_floating_point() and not value.float().isfinite().all():
-            found.append(f"{name} has values that are NaN or infinite")
-    return found
 
 
 def translate(source: str | Path, target: str | Path | None = None, model: str | None = None) -> Translation:
