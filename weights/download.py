@@ -170,10 +170,10 @@ def _transfer(url: str, part: Path, wanted: Wanted) -> bool:
                 _attempt(url, part, wanted, progress)
                 return resumed
             except (Interrupted, OSError, http.client.HTTPException) as error:
-                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):
-                    raise
                 if wanted.sha256 is None and not _validator(part).exists():
                     _discard(part)  # the next answer may be of another file
+                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):
+                    raise
                 gained = part.exists() and part.stat().st_size >= before + LEAST
                 failures = 1 if gained else failures + 1
                 if failures > settings.retries:

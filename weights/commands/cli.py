@@ -166,7 +166,10 @@ def table(out: str | None = None) -> None:
     if out is None:
         print(markdown(), end="")
     else:
-        Path(out).write_text(markdown(), encoding="utf-8")
+        try:
+            Path(out).write_text(markdown(), encoding="utf-8")
+        except OSError as error:
+            raise WeightsError(f"cannot write {out} ({one_line(error)}): choose another file") from error
         print(f"wrote {out}")
 
 
