@@ -1,4 +1,4 @@
-"""``visionattn weights list|show|download|verify|translate|add|push|table``."""
+"""``visionattn weights list|show|download|verify|translate|add|push|count|table``."""
 
 import inspect
 import sys
@@ -7,6 +7,7 @@ from typing import Literal
 
 from visionattn.errors import amount, one_line
 from visionattn.weights import checkpoints, link
+from visionattn.weights.commands.count import count as count_model
 from visionattn.weights.commands.publish import push as push_checkpoint
 from visionattn.weights.commands.table import COLUMNS, cells, find, markdown
 from visionattn.weights.commands.translate import add as add_file
@@ -38,8 +39,8 @@ def show_list(
         family: Only this family.
         license: Only weights with this licence, such as mit.
         task: Only checkpoints for this task.
-        min_params: Only models of at least so many million parameters.
-        max_params: Only models of at most so many million parameters.
+        min_params: Leave out models of fewer million parameters.
+        max_params: Leave out models of more million parameters.
         link: Only files that are had in this way.
         here: Only files that are on this machine.
         added: Also list the tags that were added by hand.
@@ -157,6 +158,18 @@ def push(
     print(f'wrote {folder}\nnext: timm.create_model("{source}", pretrained=True)')
 
 
+def count(names: list[str]) -> None:
+    """Count parameters and multiply-accumulates of models.
+
+    Args:
+        names: As the list has them; * and ? stand for anything.
+    """
+    for pattern in names:
+        matching = list(find(pattern)) if any(c in pattern for c in "*?") else [pattern]
+        for name in matching:
+            print(name, *(f"{key} = {value:g}" for key, value in count_model(name).items()), sep="  ")
+
+
 def table(out: str | None = None) -> None:
     """Print the manifest as Markdown.
 
@@ -173,7 +186,7 @@ def table(out: str | None = None) -> None:
         print(f"wrote {out}")
 
 
-COMMANDS = {"list": show_list, **{f.__name__: f for f in (show, download, verify, translate, add, push, table)}}
+COMMANDS = {"list": show_list, **{f.__name__: f for f in (show, download, verify, translate, add, push, count, table)}}
 OLD_NAMES = {"convert": "translate"}  # scripts may have them; convert means surgery on a model elsewhere
 # Positional arguments that are not one required value each.
 POSITIONAL = {"names": dict(nargs="+", type=str), "pattern": dict(nargs="?", type=str, default="*")}
