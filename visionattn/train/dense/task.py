@@ -52,6 +52,7 @@ class DenseTask(Task):
     def start(self) -> None:
         """Load ``weights``: a run of this task, a classification model, or the authors' detector or segmenter."""
         p = self.hparams
+        self.card |= dict(zip(("mean", "std"), self.net.normalized_by, strict=True))
         if p.weights:
             backbone = self.net.get_submodule(self.net.backbone_path)
 
