@@ -1,6 +1,7 @@
 """Published weights, from the manifest to a network and out of a run: the path of a file is the order of this list.
 
 manifest    which checkpoints exist, where they lie, how their images are prepared
+places      where files lie on this machine
 locate      from a model's name to a file on this machine
 connect     the connection to a server that may be slow, broken or of ill will
 download    fetching it so that a half, wrong or foreign file never gets its name
