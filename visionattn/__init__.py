@@ -9,7 +9,6 @@ of timm), ``weights``, ``train`` and ``benchmark``. Behind them, each made of th
 """
 
 import sys
-from importlib import import_module
 from pathlib import Path
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -37,8 +36,9 @@ if not _reads_the_manifest_only():
 def __getattr__(name: str):
     if name not in ("backbones", "list_models"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = import_module(f"{__name__}.backbones")
-    return module if name == "backbones" else module.list_models
+    import visionattn.backbones as late  # not "from visionattn", which would ask here again
+
+    return late if name == "backbones" else late.list_models
 
 
 __version__ = "0.1.0"
