@@ -11,12 +11,17 @@ class UserError(Exception):
 
 def one_line(message: object) -> str:
     """``message`` with its white space collapsed, so that it fits the last line on the screen."""
-    return " ".join(str(message).split())
+    return _shown(" ".join(str(message).split()))
+
+
+def _shown(text: str) -> str:
+    """``text`` without what a terminal would obey."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def some(names: Iterable[object], most: int = 3) -> str:
     """The first few of ``names`` and how many more there are."""
-    names = [str(name) for name in names]
+    names = [name if len(name) <= 200 else name[:200] + "…" for name in (_shown(str(name)) for name in names)]
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 

@@ -18,6 +18,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from visionattn.weights.families import release_filter
+from visionattn.weights.load import unusable
 from visionattn.weights.rename import unwrap
 
 __all__ = ["FPNBackbone", "FeatureBackbone"]
@@ -120,9 +121,13 @@ class FeatureBackbone(nn.Module):
         Raises:
             ValueError: Naming what is missing, unexpected or of another shape; nothing is loaded then.
         """
+        self.load_state_dict(self.state_dict() | self.fitted(state_dict))
+
+    def fitted(self, state_dict: dict[str, Any]) -> dict[str, Tensor]:
+        """What :meth:`load` loads, by the names of this module; raises as it does."""
         rename = release_filter(self.name, self.model)
         released = unwrap(state_dict)
-        state = rename(state_dict, self.model) if rename else released
+        state = rename(dict(state_dict), self.model) if rename else released
         used = {id(value) for value in state.values()}
         norms = {}
         for key, value in released.items():
@@ -147,10 +152,11 @@ class FeatureBackbone(nn.Module):
             for key, value in state.items()
             if key in own and value.shape != own[key].shape
         ]
+        problems = problems or unusable(state, own)
         if problems:
             more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
             raise ValueError(f"the weights do not fit {self.name}: {'; '.join(problems[:3])}{more}")
-        self.load_state_dict(own | state)
+        return state
 
     def _parts(self, frozen_stages: int) -> list[str]:
         """Names of the modules from the stem to the last frozen stage."""

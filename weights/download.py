@@ -20,6 +20,7 @@ from filelock import FileLock
 from torch.hub import tqdm
 
 from visionattn.errors import amount, one_line
+from visionattn.weights.connect import LEAST, connect, header
 from visionattn.weights.errors import WeightsError
 from visionattn.weights.files import begins_as_weights, refuse_answer
 from visionattn.weights.options import settings
@@ -42,17 +43,6 @@ class Interrupted(Exception):
     def __init__(self, reason: object, wait: float | None = None) -> None:
         super().__init__(one_line(reason))
         self.wait = wait
-
-
-class Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects, except away from an encrypted connection."""
-
-    def redirect_request(self, req, fp, code, msg, headers, newurl):
-        if not newurl.lower().startswith(("http:", "https:")):
-            raise WeightsError(f"{req.full_url} redirects to {newurl}, which is neither http nor https: refused")
-        if req.full_url.startswith("https:") and not newurl.startswith("https:"):
-            raise WeightsError(f"{req.full_url} redirects to {newurl}, which is not encrypted: refused")
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 class Wanted(NamedTuple):
@@ -180,17 +170,17 @@ def _transfer(url: str, part: Path, wanted: Wanted) -> bool:
                 _attempt(url, part, wanted, progress)
                 return resumed
             except (Interrupted, OSError, http.client.HTTPException) as error:
+                if wanted.sha256 is None and not _validator(part).exists():
+                    _discard(part)  # the next answer may be of another file
                 if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):
                     raise
-                gained = part.exists() and part.stat().st_size > before
+                gained = part.exists() and part.stat().st_size >= before + LEAST
                 failures = 1 if gained else failures + 1
                 if failures > settings.retries:
                     raise WeightsError(
                         f"{url} cannot be downloaded: {one_line(error)}, after {failures} attempts; repeat the command "
                         "to go on where it stopped"
                     ) from error
-                if wanted.sha256 is None and not _validator(part).exists():
-                    _discard(part)  # the next answer may be of another file
                 wait = settings.backoff * 2 ** (failures - 1) * random.uniform(0.5, 1.0)
                 time.sleep(min(LONGEST_WAIT, max(wait, getattr(error, "wait", None) or 0.0)))
 
@@ -200,14 +190,14 @@ def _attempt(url: str, part: Path, wanted: Wanted, progress: Callable[[int, int 
     start = part.stat().st_size if part.exists() else 0
     with _open(url, start, part) as response:
         headers, status = response.headers, getattr(response, "status", None) or 200
-        if headers.get("Content-Encoding", "identity").lower() != "identity":
-            raise WeightsError(f"{url} is sent as {headers['Content-Encoding'][:40]}, which was not asked for: refused")
-        length = _length(url, headers.get("Content-Length"))
-        version = headers.get("ETag") or headers.get("Last-Modified")
+        if (encoding := header(url, headers, "Content-Encoding") or "identity").lower() != "identity":
+            raise WeightsError(f"{url} is sent as {encoding[:40]}, which was not asked for: refused")
+        length = _length(url, header(url, headers, "Content-Length"))
+        version = header(url, headers, "ETag") or header(url, headers, "Last-Modified")
         version = version if version and version.isascii() and version.isprintable() else None
         total = None
         if status == 206:
-            total = _resumed_total(url, headers.get("Content-Range"), start, length, version, part, wanted)
+            total = _resumed_total(url, header(url, headers, "Content-Range"), start, length, version, part, wanted)
         else:  # the server sends the whole file, perhaps because it has changed
             start, total = 0, length
         if wanted.size is not None and total is not None and total != wanted.size:
@@ -232,6 +222,7 @@ def _attempt(url: str, part: Path, wanted: Wanted, progress: Callable[[int, int 
             while chunk := response.read1(CHUNK):  # read() would lose what came before a timeout
                 file.write(chunk)
                 done += len(chunk)
+                response.moved = done - start
                 progress(done, total)
                 if done > (most if total is None else total):
                     break
@@ -287,9 +278,9 @@ def _open(url: str, start: int, part: Path):
         ):
             headers["If-Range"] = validator
     try:
-        opener = urllib.request.build_opener(Redirects)
-        return opener.open(urllib.request.Request(url, headers=headers), timeout=settings.timeout)
+        return connect(url, headers)
     except urllib.error.HTTPError as error:
+        error.close()
         if error.code == 416:  # nothing is left to send, or the file has changed: start again
             _discard(part)
             raise Interrupted("the server refused to continue") from error

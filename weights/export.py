@@ -1,7 +1,10 @@
 """Writing weights as a safetensors file that carries its card: one file is enough to build and load the model."""
 
+import contextlib
+import glob
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,8 @@ from visionattn.weights.errors import WeightsError
 from visionattn.weights.read import read_bare_weights
 
 __all__ = ["export_weights", "share", "write_weights"]
+
+DAY = 86_400  # seconds; another machine may be writing to the same folder
 
 
 def export_weights(checkpoint: str, path: str | Path) -> None:
@@ -31,17 +36,26 @@ def export_weights(checkpoint: str, path: str | Path) -> None:
 def write_weights(state: dict[str, Tensor], target: str | Path, card: dict[str, Any]) -> None:
     """Write a safetensors file with its card; it appears under its name when it is complete."""
     target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     tensors = {key: value.detach().contiguous().clone() for key, value in state.items()}
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        clear_killed(target)
         save_file(tensors, part, metadata={"format": "pt", CARD: json.dumps(card)})
         share(part)
         part.replace(target)
     except (OSError, SafetensorError) as error:
         raise WeightsError(f"cannot write {target} ({one_line(error)}): free some space, or choose another") from error
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where the folder itself could not be made
+            part.unlink(missing_ok=True)
+
+
+def clear_killed(target: Path) -> None:
+    """Remove what processes that were killed left half-written beside ``target``, a day ago or more."""
+    for part in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
+        if time.time() - part.stat().st_mtime > DAY:
+            part.unlink(missing_ok=True)
 
 
 def share(path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from visionattn.errors import amount, one_line
 from visionattn.weights.errors import WeightsError
+from visionattn.weights.legacy import is_tar
 
 __all__ = ["begins_as_weights", "kind_of", "refuse_answer"]
 
@@ -38,6 +39,8 @@ def refuse_answer(path: Path, origin: str) -> None:
     """Raise if ``path``, fetched from ``origin``, is what servers say instead of sending a file."""
     with open(path, "rb") as file:
         head = file.read(1024)
+    if begins_as_safetensors(head, path.stat().st_size):  # whose first bytes, a number, may be any letters
+        return
     if not head:
         raise WeightsError(f"{origin} gives an empty file: try again later, or another place")
     if page(head):
@@ -51,6 +54,12 @@ def begins_as_weights(path: Path) -> bool:
     with open(path, "rb") as file:
         head = file.read(16)
     return head.startswith((b"PK", LEGACY[:2])) or head[8:9] == b"{"
+
+
+def begins_as_safetensors(head: bytes, size: int) -> bool:
+    """Whether a file of ``size`` bytes begins with the header of safetensors, and has room for all of that."""
+    claims = size >= 10 and len(head) >= 10 and re.match(rb'\{\s*("|\})', head[8:]) is not None
+    return claims and struct.unpack("<Q", head[:8])[0] <= min(size - 8, LARGEST_HEADER)
 
 
 def kind_of(path: str | Path) -> str:
@@ -74,6 +83,8 @@ def kind_of(path: str | Path) -> str:
 
     if size == 0:
         raise refused("empty")
+    if begins_as_safetensors(head, size):
+        return "safetensors"
     if page(head):
         raise refused("a web page saved under this name: open the link in a browser and save the file itself")
     for magic, name in OTHERS:
@@ -82,17 +93,15 @@ def kind_of(path: str | Path) -> str:
     if head.startswith(b"PK"):
         _check_zip(path, size, refused)
         return "zip"
+    if is_tar(head):
+        raise refused("a tar archive: unpack it first")
     if head.startswith(LEGACY):
         return "legacy"
-    if head[257:262] == b"ustar":
-        raise refused("a tar archive: unpack it first")
     if size >= 10 and head[8:9] == b"{" and re.match(rb'\{\s*("|\})', head[8:]):
         (length,) = struct.unpack("<Q", head[:8])
         if length > LARGEST_HEADER:
             raise refused(f"a safetensors file whose header claims {amount(length)}")
-        if 8 + length > size:
-            raise refused(f"a truncated safetensors file: {amount(size)} do not even hold its header")
-        return "safetensors"
+        raise refused(f"a truncated safetensors file: {amount(size)} do not even hold its header")
     if head[:1] == b"\x80":
         raise refused("a bare pickle, not what torch.save writes")
     raise refused(f"neither safetensors nor written by torch.save (it begins with {head[:8]!r})")

@@ -1,5 +1,6 @@
 """Loading a file into a network that is there already, completely or not at all."""
 
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from visionattn.weights.errors import WeightsError
 from visionattn.weights.families import release_filter
 from visionattn.weights.read import fitting_weights, local_file
 
-__all__ = ["classifiers", "load_weights"]
+__all__ = ["classifiers", "load_weights", "refuse_unusable", "unusable"]
 
 
 def load_weights(net: nn.Module, path: str, reset_head: bool = False) -> None:
@@ -58,7 +59,38 @@ def load_weights(net: nn.Module, path: str, reset_head: bool = False) -> None:
         if shapes and shapes == head_shapes and not missing and not extra:
             fix = "it was trained on other classes; add --model.reset_head true to start with a new classifier"
         raise WeightsError(f"{path} does not fit the model: {'; '.join(parts)}. Fix: {fix}")
+    refuse_unusable(path, state, own)
     net.load_state_dict(state)
+
+
+def unusable(state: dict[str, Tensor], own: dict[str, Tensor]) -> list[str]:
+    """The parameters in ``state`` that no model can compute with, each with the reason.
+
+    Args:
+        state: Tensors by our names.
+        own: The model's own ones; where one of them is infinite before it is loaded, as masks are, a file's may be.
+    """
+    found = []
+    for name, value in state.items():
+        if name not in own:
+            continue
+        if own[name].is_floating_point() and not value.is_floating_point():
+            found.append(f"{name} has numbers of type {str(value.dtype).removeprefix('torch.')}")
+        elif not _finite(value) and (own[name].is_meta or _finite(own[name]) or value.isnan().any()):
+            found.append(f"{name} has values that are NaN or infinite")
+    return found
+
+
+def refuse_unusable(path: str | Path, state: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+    """Raise ``WeightsError`` with the first of the tensors of ``path`` that no model can compute with."""
+    if broken := unusable(state, own):
+        raise WeightsError(f"{path} is damaged, or no weights: {some(broken)}. Fetch it again, or take an earlier one")
+
+
+def _finite(value: Tensor) -> bool:
+    if not (value.is_floating_point() or value.is_complex()):
+        return True
+    return bool((value.float() if value.element_size() == 1 else value).isfinite().all())
 
 
 def classifiers(cfg: dict[str, Any]) -> tuple[str, ...]:

@@ -1,6 +1,5 @@
 """From a model's name to a file on this machine."""
 
-import re
 import urllib.parse
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from visionattn.weights.download import LARGEST, fetch
 from visionattn.weights.errors import WeightsError
 from visionattn.weights.manifest import checkpoints, link
 from visionattn.weights.options import settings
+from visionattn.weights.places import added_file, inside
 from visionattn.weights.read import read_weights
 from visionattn.weights.seen import check_seen
 
@@ -19,24 +19,6 @@ __all__ = ["added_file", "cache_name", "locate", "weights_file"]
 
 SUFFIXES = (".safetensors", ".pth.tar", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".npz")
 HUB = "https://huggingface.co/"
-
-
-def added_file(name: str) -> Path:
-    """Where ``visionattn weights add`` puts the weights of ``name``, ``arch.tag``."""
-    return inside(settings.folder() / "visionattn", f"{name}.safetensors")
-
-
-def inside(folder: Path, name: str) -> Path:
-    """The file ``name`` in ``folder``, and nowhere else.
-
-    Raises:
-        WeightsError: If ``name`` is no plain file name.
-    """
-    if not re.fullmatch(r"[^/\\\x00-\x1f]{1,200}", name) or name.startswith("."):
-        raise WeightsError(
-            f"{name[:80]!r} is no name of a file in {folder}: names and tags have no / and no leading dot"
-        )
-    return folder / name
 
 
 def cache_name(url: str, name: str) -> str:

@@ -8,8 +8,9 @@ from importlib import resources
 __all__ = ["FACTS", "checkpoints", "link", "manifest", "models_of", "pretrained_cfgs"]
 
 FACTS = {
-    "params_m": "parameters in millions, as published",
-    "gmacs": "multiply-accumulates in 10^9 at input_size, as published",
+    "params_m": "parameters in millions, as published or counted here",
+    "gmacs": "multiply-accumulates in 10^9 at input_size, as published or counted here",
+    "counted": "which of params_m and gmacs were counted here, by `visionattn weights count NAME`",
     "top1": "published accuracy in per cent, on ImageNet-1k unless `eval` names another set",
     "eval": "what top1 was measured on, if not on ImageNet-1k",
     "miou": "published mean IoU in per cent",

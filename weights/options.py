@@ -1,10 +1,9 @@
 """What a user may change about downloads; what is not set follows the environment."""
 
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 __all__ = ["Settings", "settings"]
 
@@ -49,7 +48,15 @@ class Settings:
 
     def folder(self) -> Path:
         """Where downloads are kept."""
-        return Path(self.cache_dir) if self.cache_dir else Path(torch.hub.get_dir(), "checkpoints")
+        return Path(self.cache_dir or os.path.join(_hub(), "checkpoints"))
+
+
+def _hub() -> str:
+    """``torch.hub.get_dir()``, without PyTorch where nothing else has imported it: then nobody has set another."""
+    if "torch" in sys.modules:
+        return sys.modules["torch"].hub.get_dir()
+    cache = os.getenv("XDG_CACHE_HOME", "~/.cache")
+    return os.path.join(os.path.expanduser(os.getenv("TORCH_HOME", os.path.join(cache, "torch"))), "hub")
 
 
 settings = Settings()

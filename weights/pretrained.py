@@ -2,10 +2,11 @@
 
 import dataclasses
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from timm.models import get_pretrained_cfg, resolve_pretrained_cfg
+from timm.models import create_model, get_pretrained_cfg, resolve_pretrained_cfg
 from torch import Tensor, nn
 
 from visionattn.errors import one_line, some
@@ -13,11 +14,11 @@ from visionattn.weights.card import parameters, read_metadata
 from visionattn.weights.errors import WeightsError
 from visionattn.weights.families import Filter, release_filter
 from visionattn.weights.limits import check_sizes, limited
-from visionattn.weights.load import classifiers
+from visionattn.weights.load import classifiers, refuse_unusable
 from visionattn.weights.locate import added_file, locate
 from visionattn.weights.manifest import checkpoints
 from visionattn.weights.options import settings
-from visionattn.weights.read import read_weights
+from visionattn.weights.read import fitting_weights
 from visionattn.weights.seen import note_seen
 
 __all__ = ["with_weights"]
@@ -58,21 +59,24 @@ def with_weights(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> tupl
         return rename, kwargs
     resolved = resolve_pretrained_cfg(variant, cfg, overlay)
     if resolved.source in ("hf-hub", "local-dir") or resolved.state_dict or (resolved.hf_hub_id and not resolved.file):
-        return rename, kwargs
+        return partial(computable, variant, rename), kwargs
     name = f"{variant}.{resolved.tag}" if resolved.tag else variant
     row = {key: value for key, value in dataclasses.asdict(resolved).items() if value is not None}
-    path = locate(name, published(name) | row, kwargs.get("cache_dir"))
+    there = locate(name, published(name) | row, kwargs.get("cache_dir"), download=False)
+    path = there or locate(name, published(name) | row, kwargs.get("cache_dir"))
 
     fetched = not row.get("file") and path.parent == Path(kwargs.get("cache_dir") or settings.folder())
 
     def read_and_rename(note: dict, model: nn.Module) -> dict[str, Tensor]:
         model.pretrained_cfg.pop("state_dict", None)  # the note; the cfg stays as it was
         try:
-            state = renamed(path, rename, model)
-            report(name, path, state, model)
+            state = fitting(name, path, rename, model)
         except WeightsError as error:
             if not fetched:
                 raise
+            if there is None and not row.get("sha256") and not belongs(path, variant, rename):
+                path.unlink(missing_ok=True)
+                raise WeightsError(f"{error}. Nor does it fit as it is registered: the download was removed") from error
             raise WeightsError(f"{error}. If the file itself is wrong, remove {path} to download it again") from error
         if fetched:
             note_seen(path)
@@ -81,13 +85,49 @@ def with_weights(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> tupl
     return read_and_rename, kwargs | {"pretrained_cfg_overlay": overlay | {"state_dict": {"file": str(path)}}}
 
 
-def renamed(path: Path, rename: Filter | None, model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of ``path`` under our names."""
-    state = read_weights(path)
+def belongs(path: Path, variant: str, rename: Filter | None) -> bool:
+    """Whether a file fits a model as it is registered, so that only this call's arguments are in its way."""
+    model = create_model(variant, device="meta")
     try:
-        return state if rename is None else rename(state, model)
+        fitting(variant, path, rename, model)
+    except WeightsError:
+        return False
+    return True
+
+
+def fitting(name: str, path: Path, rename: Filter | None, model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of ``path`` under our names, of the only reading that fits ``model``."""
+    own, heads = model.state_dict(), classifiers(model.pretrained_cfg)
+
+    def fits(state: dict[str, Tensor]) -> bool:
+        try:
+            state = renamed(path, state, rename, model)
+            refuse_partial(name, path, state, model)
+        except Exception:  # rules meet the names and shapes of another model
+            return False
+        return all(key in own or (heads and key.startswith(heads)) for key in state)
+
+    state, stripped = fitting_weights(path, fits)
+    state = renamed(path, state, rename, model)
+    if stripped:
+        _logger.warning("%s: took the weights behind %s", path, stripped)
+    report(name, path, state, model)
+    return state
+
+
+def renamed(path: Path, state: dict[str, Tensor], rename: Filter | None, model: nn.Module) -> dict[str, Tensor]:
+    """The tensors ``state`` of ``path`` under our names."""
+    try:
+        return state if rename is None else rename(dict(state), model)
     except (KeyError, IndexError, ValueError, RuntimeError) as error:  # rules meet names and shapes of another model
         raise WeightsError(f"{path} is not of this model: {one_line(error)}") from error
+
+
+def computable(variant: str, rename: Filter | None, state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """What timm has read from a hub or folder, under our names, if all of it are numbers."""
+    state = state if rename is None else rename(state, model)
+    refuse_unusable(f"the weights of {variant}", state, model.state_dict())
+    return state
 
 
 def refuse_greed(variant: str, kwargs: dict[str, Any]) -> None:
@@ -115,10 +155,7 @@ def added_cfg(variant: str, tag: str, file: Path) -> dict[str, Any]:
 
 
 def report(name: str, path: Path, state: dict[str, Tensor], model: nn.Module) -> None:
-    """Log what will not be loaded as it is, and refuse a file that lacks a part of the network.
-
-    timm stops being strict as soon as the number of classes differs, so a file with half of the blocks would pass.
-    """
+    """Log what will not be loaded as it is, and refuse a file that lacks a part of the network or is damaged."""
     own, cfg = model.state_dict(), model.pretrained_cfg
     _logger.info("%s: %d tensors from %s", name, len(state), path)
     for head in classifiers(cfg):
@@ -126,6 +163,16 @@ def report(name: str, path: Path, state: dict[str, Tensor], model: nn.Module) ->
         if weight is not None and model.num_classes != cfg.get("num_classes"):
             fate = f"starts anew with {model.num_classes} classes" if head + ".weight" in own else "is left out"
             _logger.info("%s: classifier %s of %d classes %s", name, head, len(weight), fate)
+    refuse_partial(name, path, state, model)
+    refuse_unusable(path, state, own)
+
+
+def refuse_partial(name: str, path: Path, state: dict[str, Tensor], model: nn.Module) -> None:
+    """Refuse a file that lacks a part of the network.
+
+    timm stops being strict as soon as the number of classes differs, so a file with half of the blocks would pass.
+    """
+    own, cfg = model.state_dict(), model.pretrained_cfg
     # Detectors and segmenters come without what lies behind the last stage.
     parts = ("stem.", *(f"{info['module']}." for info in model.feature_info))
     trunk = [key for key in own if key.startswith(parts) and not key.endswith("num_batches_tracked")]

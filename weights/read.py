@@ -23,6 +23,7 @@ from torch.nn import Parameter
 from visionattn.errors import one_line, some
 from visionattn.weights.errors import WeightsError
 from visionattn.weights.files import kind_of
+from visionattn.weights.legacy import refuse_claims
 from visionattn.weights.numbers import numpy_globals
 from visionattn.weights.rename import unwrap
 
@@ -55,6 +56,11 @@ HARMFUL_MODULES = {
 }
 PLAIN = {f"torch._utils._rebuild_{kind}" for kind in ("tensor", "tensor_v2", "parameter", "parameter_with_state")}
 """What rebuilds tensors of bytes that are in the file; sparse, nested and other ones can claim what is not there."""
+NUMBERS = {
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128, torch.bool),
+    *(torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+    *(torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz),
+}
 SMALL = 1 << 24  # bytes up to which a tensor may repeat what is in the file
 MOST_OPERATIONS = 4_000_000  # of a pickle
 HARMFUL_BUILTINS = {"eval", "exec", "compile", "open", "__import__", "input", "breakpoint", "exit", "quit"}
@@ -76,9 +82,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     kind = kind_of(path)
     if kind == "safetensors":
         try:
-            return load_file(path)
+            content = load_file(path)
         except (safetensors.SafetensorError, OSError, ValueError) as error:
             raise WeightsError(f"{path} is not a safetensors file, or a truncated one: {one_line(error)}") from error
+        _check_tensors(path, content)
+        return content
     named = _named_or_refused(path, kind)
     try:
         content = _load(path, kind, [])
@@ -144,6 +152,10 @@ def fitting_weights(path: str | Path, fits: Callable[[dict[str, Tensor]], bool])
     if usual and fits(usual):
         return usual, ""
     found = {stripped: state for stripped, state in _readings(content) if fits(state)}
+    held = {stripped: {id(value) for value in state.values()} for stripped, state in found.items()}
+    for stripped in list(found):  # of the same weights the reading that strips most, with fewest names beside them
+        if any(held[stripped] >= held[other] for other in found if other != stripped):
+            del found[stripped]
     if len(found) > 1:
         raise WeightsError(f"{path} holds several weights that fit ({', '.join(found)}): save the ones you mean alone")
     if found:
@@ -230,6 +242,10 @@ def _check_tensors(path: Path, content: Any) -> None:
             dense = type(value) in (Tensor, Parameter) and value.layout is torch.strided and value.device.type == "cpu"
             if not dense or value.is_quantized or value.dim() > 16:
                 raise WeightsError(f"{path} holds a tensor of a special kind ({value.layout}): save plain tensors")
+            if value.dtype not in NUMBERS:
+                raise WeightsError(
+                    f"{path} has numbers of type {value.dtype}, with which nothing computes: convert them"
+                )
             room = max(value.untyped_storage().nbytes(), SMALL)
             if value.numel() * value.element_size() > room:
                 shape = list(value.shape)
@@ -281,6 +297,7 @@ def _named(path: Path, kind: str) -> set[str]:
                 end = file.tell()
                 file.seek(start)
                 pickles.append(file.read(end - start))
+        refuse_claims(pickles[-1], path.stat().st_size)
     named = set()
     for content in pickles:
         for operation, argument, _ in pickletools.genops(content):

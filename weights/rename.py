@@ -41,6 +41,8 @@ def rename_checkpoint(state_dict: dict, rules: Sequence[Rule], native: tuple[str
     if any(name.startswith(native) for name in state_dict):
         return state_dict
     inside = {name.removeprefix("backbone."): v for name, v in state_dict.items() if name.startswith("backbone.")}
+    if any(name.startswith(native) for name in inside):
+        return inside
     renamed = {}
     for name, value in (inside or state_dict).items():
         for pattern, replacement in rules:

@@ -21,8 +21,11 @@ def note_seen(path: Path) -> None:
     if note.exists():
         return
     found = {"size": path.stat().st_size, "sha256": sha256_of(path), "time": path.stat().st_mtime_ns}
-    with contextlib.suppress(OSError):  # a cache that others fill may not be ours to write
+    try:
         note.write_text(json.dumps(found), encoding="utf-8")
+    except OSError:  # a cache that others fill may not be ours to write; half a note would be kept for ever
+        with contextlib.suppress(OSError):
+            note.unlink(missing_ok=True)
 
 
 def check_seen(path: Path) -> None:

@@ -1,4 +1,8 @@
+import contextlib
 import http.server
+import itertools
+import socket
+import struct
 import threading
 import time
 from dataclasses import dataclass, field
@@ -34,6 +38,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
+    def do_HEAD(self):  # which nobody should believe
+        self.server.site.requests.append(("HEAD", None))
+        self.answer(404)
+
     def do_GET(self):
         site, path = self.server.site, self.path
         asked = self.headers.get("Range")
@@ -50,6 +58,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 except OSError:
                     return None
             return None
+        if trick == "reset":  # some bytes, and an end that the other side gets as an error
+            self.wfile.write(value[0])
+            self.wfile.flush()
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            return socket.socket(fileno=self.connection.detach()).close()
+        if trick == "drip":  # some bytes, and one more after every so many seconds
+            self.wfile.write(value[0])
+            with contextlib.suppress(OSError):
+                for byte in itertools.cycle(value[2] if len(value) > 2 else b"x"):
+                    self.wfile.write(bytes([byte]))
+                    time.sleep(value[1])
+            return None
+        if trick == "bytes":
+            return self.wfile.write(value[0])
         if trick == "redirect":
             return self.answer(302, Location=value[0])
         if path not in site.files:

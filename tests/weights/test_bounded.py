@@ -3,7 +3,10 @@
 import os
 import random
 import stat
+import subprocess
+import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 import timm
@@ -16,9 +19,11 @@ from visionattn.weights.card import CARD
 from visionattn.weights.commands.cli import main
 from visionattn.weights.commands.publish import push
 from visionattn.weights.commands.translate import add
+from visionattn.weights.download import fetch
 from visionattn.weights.export import write_weights
 from visionattn.weights.locate import added_file
 from visionattn.weights.read import read_checkpoint
+from visionattn.weights.seen import check_seen, note_seen
 
 SAID = dict(name="van_nano", model_args={}, num_classes=10, class_names=["a"], preprocess=dict(input_size=[3, 32, 32]))
 
@@ -167,6 +172,74 @@ def test_an_export_that_fails_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(WeightsError, match="cannot write .*No space left"):
         write_weights({"a": torch.zeros(1)}, tmp_path / "w.safetensors", SAID)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path):
+    """With a limit on the size of files, which the system itself enforces."""
+    code = """
+import pathlib, resource, signal, sys, torch
+from visionattn.weights.download import fetch
+from visionattn.weights.export import write_weights
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    write_weights({"a": torch.zeros(10_000)}, pathlib.Path(sys.argv[1]) / "w.safetensors", {})
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+    result = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True)
+    assert result.stdout.startswith("WeightsError cannot write ") and result.stdout.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_writer_left_is_removed_when_it_is_old(tmp_path):
+    old, new, other = (tmp_path / f".{name}.part" for name in ("w.safetensors.1", "w.safetensors.2", "x.safetensors.1"))
+    for part in (old, new, other):
+        part.write_bytes(b"half")
+    for part in (old, other):
+        os.utime(part, (0, 0))
+    write_weights({"a": torch.zeros(1)}, tmp_path / "w.safetensors", SAID)
+    assert sorted(tmp_path.iterdir()) == sorted([new, other, tmp_path / "w.safetensors"])
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WeightsError, match="cannot write .*choose another"):
+        write_weights({"a": torch.zeros(1)}, tmp_path / "file" / "w.safetensors", SAID)
+    with pytest.raises(SystemExit, match="error: cannot write .*choose another"):
+        main(["weights", "table", "--out", str(tmp_path / "file" / "x.md")])
+
+
+def test_half_a_note_of_a_download_is_not_kept(tmp_path, monkeypatch):
+    def full(path, text, **kwargs):
+        path.write_bytes(text[:5].encode())
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "w.pth").write_bytes(b"x")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        note_seen(tmp_path / "w.pth")
+    assert [path.name for path in tmp_path.iterdir()] == ["w.pth"]
+    note_seen(tmp_path / "w.pth")
+    (tmp_path / "w.pth").write_bytes(b"yy")
+    with pytest.raises(WeightsError, match="instead of the 1 B it had"):
+        check_seen(tmp_path / "w.pth")
+
+
+def test_a_download_of_no_version_that_fills_the_disk_leaves_nothing(site, cache, monkeypatch):
+    site.files["/w.pth"], site.etag = bytes(10_000), None
+    monkeypatch.setattr("visionattn.weights.download.CHUNK", 1000)
+    done = []
+
+    def full(*args):
+        done.append(args)
+        if len(done) > 3:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("visionattn.weights.download.tqdm.update", full)
+    with pytest.raises(WeightsError, match="free some space and repeat"):
+        fetch(f"{site.url}/w.pth", cache / "w.pth")
+    assert [path.name for path in cache.iterdir() if not path.name.endswith(".lock")] == []
 
 
 def test_verifying_nothing_is_an_error():

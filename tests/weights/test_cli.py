@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -9,6 +10,7 @@ from visionattn.weights.commands import cli
 from visionattn.weights.options import settings
 
 pytest.importorskip("jsonargparse")
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(*arguments):
@@ -114,3 +116,51 @@ def test_module_runs_as_a_command():
         [sys.executable, "-m", "visionattn", "weights", "show", "van_nano.digits"], capture_output=True, text=True
     )
     assert done.returncode == 0 and "van_nano" in done.stdout
+
+
+HEAVY = {"torch", "timm", "torchvision", "numpy", "huggingface_hub", "lightning", "triton", "safetensors"}
+AS_SCRIPT = """
+import sys
+from pathlib import Path
+sys.argv = ["/usr/bin/visionattn", "weights", "{command}"]
+from visionattn.weights.commands.cli import main
+main(sys.argv[1:])
+print(*sorted({{name.partition(".")[0] for name in sys.modules}}), file=sys.stderr)
+if "{more}":
+    import timm, visionattn
+    assert len(visionattn.list_models()) > 100 and visionattn.backbones and timm.is_model("van_b0")
+"""
+
+
+def child(*arguments):
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("command", ["list", "table"])
+def test_the_manifest_is_shown_without_importing_what_computes(command):
+    result = child("-c", AS_SCRIPT.format(command=command, more=""))
+    assert "van_b0.in1k" in result.stdout and not HEAVY & set(result.stderr.split())
+    imported = child("-X", "importtime", "-m", "visionattn", "weights", command).stderr
+    names = {line.rpartition("|")[2].strip().partition(".")[0] for line in imported.splitlines()}
+    assert "tomllib" in names and not HEAVY & names
+
+
+def test_models_are_there_for_whoever_asks_after_the_list():
+    assert "torch" not in child("-c", AS_SCRIPT.format(command="list", more="yes")).stderr.split()
+
+
+def test_every_other_command_has_the_models():
+    assert "4.1" in child("-m", "visionattn", "weights", "show", "van_b0.in1k").stdout
+
+
+@pytest.mark.parametrize("home", [{}, {"TORCH_HOME": "~/t"}, {"XDG_CACHE_HOME": "/x"}, {"TORCH_HOME": "/t"}])
+def test_the_folder_of_downloads_is_that_of_pytorch_also_without_it(home, monkeypatch):
+    for name in ("TORCH_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in home.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(settings, "cache_dir", None)
+    expected = Path(torch.hub.get_dir(), "checkpoints")
+    assert settings.folder() == expected
+    monkeypatch.delitem(sys.modules, "torch")
+    assert settings.folder() == expected

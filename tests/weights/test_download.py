@@ -2,12 +2,13 @@ import hashlib
 import shutil
 import subprocess
 import sys
+import urllib.request
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
 
-from visionattn.weights import WeightsError, download
+from visionattn.weights import WeightsError, connect, download
 from visionattn.weights.download import fetch
 from visionattn.weights.options import settings
 
@@ -149,9 +150,9 @@ def test_redirects_are_followed(site, place, cache):
 
 
 def test_a_redirect_away_from_encryption_is_refused():
-    request = download.urllib.request.Request("https://x.org/w.pth")
+    request = urllib.request.Request("https://x.org/w.pth")
     with pytest.raises(WeightsError, match="not encrypted"):
-        download.Redirects().redirect_request(request, None, 302, "Found", {}, "http://x.org/w.pth")
+        connect.Redirects().redirect_request(request, None, 302, "Found", {}, "http://x.org/w.pth")
 
 
 def test_a_web_page_does_not_become_a_checkpoint(site, place, cache):

@@ -4,14 +4,22 @@ import torch
 from safetensors.torch import save_file
 
 import visionattn  # noqa: F401  (registers our models)
+from visionattn.train.dense.segment import Segmentation
 from visionattn.weights import WeightsError
 from visionattn.weights.load import load_weights
 
 SMALL = dict(embed_dims=(8, 8, 8, 8), depths=(1, 1, 1, 1), mlp_ratios=(1, 1, 1, 1), num_classes=4)
 
 
+PYRAMID = {key: value for key, value in SMALL.items() if key != "num_classes"}
+
+
 def van(**arguments):
     return timm.create_model("van_b0", **(SMALL | arguments))
+
+
+def opened(file):
+    return timm.create_model("van_b0", True, pretrained_cfg_overlay=dict(file=str(file), num_classes=4), **SMALL)
 
 
 @pytest.mark.parametrize(
@@ -102,6 +110,9 @@ def test_the_only_reading_that_fits_is_taken_and_told(tmp_path, nest, prefix, ca
     load_weights(target, str(tmp_path / "w.pth"))
     assert torch.equal(source.head.fc.weight, target.head.fc.weight)
     told = capsys.readouterr().out
+    assert torch.equal(source.head.fc.weight, opened(tmp_path / "w.pth").head.fc.weight)
+    dense = Segmentation(name="van_b0", num_classes=2, head="mlp", model_args=PYRAMID, weights=str(tmp_path / "w.pth"))
+    assert torch.equal(source.stem.proj.weight, dense.net.backbone.model.stem.proj.weight)
     if prefix or nest:
         assert f"took the weights behind {nest + ' > ' if nest else ''}{prefix}" in told or prefix == "backbone."
 
@@ -113,6 +124,10 @@ def test_two_readings_that_fit_are_not_chosen_between(tmp_path):
     with pytest.raises(WeightsError, match=r"several weights that fit \(student > , teacher > \): save the ones"):
         load_weights(net, str(tmp_path / "w.pth"))
     assert torch.equal(before, net.head.fc.weight)
+    with pytest.raises(WeightsError, match="several weights that fit"):
+        opened(tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match="several weights that fit"):
+        Segmentation(name="van_b0", num_classes=2, head="mlp", model_args=PYRAMID, weights=str(tmp_path / "w.pth"))
 
 
 def test_a_reading_that_does_not_fit_is_not_taken(tmp_path):

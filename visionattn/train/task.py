@@ -17,6 +17,7 @@ from visionattn.train.data.sampling import global_seed, seed_random
 from visionattn.train.flops import training_flops
 from visionattn.train.optim import create_optimizer
 from visionattn.weights.card import CARD, settled
+from visionattn.weights.load import refuse_unusable
 
 ADVICE = "Look at the images and their targets, lower --model.lr, or train with --trainer.precision 32"
 
@@ -203,6 +204,11 @@ class Task(pl.LightningModule):
                 f"not saved. {ADVICE}"
             )
         checkpoint[CARD] = self.card
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        own = self.state_dict()
+        for state in (checkpoint.get("state_dict") or {}, checkpoint.get("current_model_state") or {}):
+            refuse_unusable(str(self.trainer.ckpt_path), state, own)
 
     # Numbers
 

@@ -1,4 +1,7 @@
-"""``visionattn weights list|show|download|verify|translate|add|push|table``."""
+"""``visionattn weights list|show|download|verify|translate|add|push|count|table``.
+
+What needs PyTorch is imported by the command that does: the list is there in a moment.
+"""
 
 import inspect
 import sys
@@ -7,14 +10,10 @@ from typing import Literal
 
 from visionattn.errors import amount, one_line
 from visionattn.weights import checkpoints, link
-from visionattn.weights.commands.publish import push as push_checkpoint
 from visionattn.weights.commands.table import COLUMNS, cells, find, markdown
-from visionattn.weights.commands.translate import add as add_file
-from visionattn.weights.commands.translate import translate as translate_file
-from visionattn.weights.commands.verify import verify as verify_file
 from visionattn.weights.errors import WeightsError
-from visionattn.weights.locate import added_file, weights_file
 from visionattn.weights.options import settings
+from visionattn.weights.places import added_file
 
 Task = Literal["classify", "detect", "segment", "restore"]
 Kind = Literal["direct", "hub", "browser", "bundled", "none"]
@@ -38,14 +37,18 @@ def show_list(
         family: Only this family.
         license: Only weights with this licence, such as mit.
         task: Only checkpoints for this task.
-        min_params: Only models of at least so many million parameters.
-        max_params: Only models of at most so many million parameters.
+        min_params: Leave out models of fewer million parameters.
+        max_params: Leave out models of more million parameters.
         link: Only files that are had in this way.
         here: Only files that are on this machine.
         added: Also list the tags that were added by hand.
     """
     rows = find(pattern, family, license, task, min_params, max_params, link)
-    lines = [cells(name, row) for name, row in rows.items() if not here or weights_file(name, download=False)]
+    if here:
+        from visionattn.weights.locate import weights_file
+
+        rows = {name: row for name, row in rows.items() if weights_file(name, download=False)}
+    lines = [cells(name, row) for name, row in rows.items()]
     if added and not any((family, license, task, min_params, max_params, link)):
         new = sorted(path.stem for path in added_file("x.y").parent.glob("*.safetensors"))
         lines += [[n, "–", "–", "–", "–", "added", "–"] for n in new if n not in rows and Path(n).match(pattern)]
@@ -59,6 +62,8 @@ def show(name: str) -> None:
     Args:
         name: As the list has it, such as van_b0.in1k.
     """
+    from visionattn.weights.locate import weights_file
+
     if name not in checkpoints():
         raise WeightsError(f"no checkpoint is called {name}: visionattn weights list shows all names")
     row = checkpoints()[name]
@@ -78,6 +83,8 @@ def download(names: list[str], mirror: str | None = None) -> None:
         names: As the list has them; * and ? stand for anything.
         mirror: Folder or URL to try first.
     """
+    from visionattn.weights.locate import weights_file
+
     if mirror is not None:
         settings.mirror = mirror
     for pattern in names:
@@ -95,6 +102,9 @@ def verify(names: list[str], forward: bool = True) -> None:
         names: As the list has them; * and ? stand for anything, of which those on this machine are verified.
         forward: Also load the weights and run one image.
     """
+    from visionattn.weights.commands.verify import verify as verify_file
+    from visionattn.weights.locate import weights_file
+
     failed = False
     for pattern in names:
         wild = any(c in pattern for c in "*?")
@@ -119,6 +129,8 @@ def translate(source: str, target: str, model: str | None = None) -> None:
         target: File to write, *.safetensors.
         model: Which model it is of, if its tensors do not tell.
     """
+    from visionattn.weights.commands.translate import translate as translate_file
+
     print("\n".join(translate_file(source, target, model).lines()))
     print(f"wrote {target}")
 
@@ -130,6 +142,8 @@ def add(name: str, file: str) -> None:
         name: Model and tag, such as van_b0.in1k or van_b0.mine.
         file: A checkpoint, such as one saved from a browser.
     """
+    from visionattn.weights.commands.translate import add as add_file
+
     print("\n".join(add_file(name, file).lines()))
     print(f'next: timm.create_model("{name}", pretrained=True)')
 
@@ -152,9 +166,25 @@ def push(
         license: Of the weights.
         private: Make a new repository private.
     """
+    from visionattn.weights.commands.publish import push as push_checkpoint
+
     folder = push_checkpoint(checkpoint, out, repo, weights, license, private)
     source = f"hf-hub:{repo}" if repo else f"local-dir:{folder}"
     print(f'wrote {folder}\nnext: timm.create_model("{source}", pretrained=True)')
+
+
+def count(names: list[str]) -> None:
+    """Count parameters and multiply-accumulates of models.
+
+    Args:
+        names: As the list has them; * and ? stand for anything.
+    """
+    from visionattn.weights.commands.count import count as count_model
+
+    for pattern in names:
+        matching = list(find(pattern)) if any(c in pattern for c in "*?") else [pattern]
+        for name in matching:
+            print(name, *(f"{key} = {value:g}" for key, value in count_model(name).items()), sep="  ")
 
 
 def table(out: str | None = None) -> None:
@@ -166,11 +196,14 @@ def table(out: str | None = None) -> None:
     if out is None:
         print(markdown(), end="")
     else:
-        Path(out).write_text(markdown(), encoding="utf-8")
+        try:
+            Path(out).write_text(markdown(), encoding="utf-8")
+        except OSError as error:
+            raise WeightsError(f"cannot write {out} ({one_line(error)}): choose another file") from error
         print(f"wrote {out}")
 
 
-COMMANDS = {"list": show_list, **{f.__name__: f for f in (show, download, verify, translate, add, push, table)}}
+COMMANDS = {"list": show_list, **{f.__name__: f for f in (show, download, verify, translate, add, push, count, table)}}
 OLD_NAMES = {"convert": "translate"}  # scripts may have them; convert means surgery on a model elsewhere
 # Positional arguments that are not one required value each.
 POSITIONAL = {"names": dict(nargs="+", type=str), "pattern": dict(nargs="?", type=str, default="*")}

@@ -15,6 +15,7 @@ from visionattn.errors import one_line, some
 from visionattn.weights.card import build, complete, read_card, run_settings
 from visionattn.weights.errors import WeightsError
 from visionattn.weights.export import share
+from visionattn.weights.load import refuse_unusable
 from visionattn.weights.read import PREFIX, bare, read_checkpoint
 
 __all__ = ["push"]
@@ -56,6 +57,7 @@ def push(
         raise WeightsError(f"{checkpoint} does not hold the {card['name']} that it describes: {some(sorted(wrong))}")
     if wrong := [key for key in own if own[key].shape != state[key].shape]:
         raise WeightsError(f"{checkpoint} does not hold the {card['name']} that it describes: {some(wrong)}")
+    refuse_unusable(checkpoint, state, own)
     net.load_state_dict(state)
     preprocess, names = dict(card["preprocess"]), [str(name) for name in card["class_names"]]
     measured = metrics(content, Path(checkpoint))

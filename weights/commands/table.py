@@ -31,7 +31,7 @@ def find(
         license: Of the weights.
         task: ``classify``, ``detect``, ``segment`` or ``restore``.
         min_params: Millions of parameters.
-        max_params: Millions of parameters; rows that do not say are left out.
+        max_params: Millions of parameters; rows of which neither limit can be told are kept.
         link_kind: How the file is had, see ``visionattn.weights.link``.
         published: Leave out models without weights.
 
@@ -50,8 +50,8 @@ def find(
             and family in (None, row["family"])
             and (license is None or row.get("license", "").lower() == license.lower())
             and task in (None, row.get("task", "classify"))
-            and (min_params is None or (size is not None and size >= min_params))
-            and (max_params is None or (size is not None and size <= max_params))
+            and (min_params is None or size is None or size >= min_params)
+            and (max_params is None or size is None or size <= max_params)
             and link_kind in (None, kind)
             and not (published and kind == "none")
         ):
@@ -77,6 +77,14 @@ def cells(name: str, row: dict[str, Any]) -> list[str]:
     return [name, size, macs, quality(row), row.get("license", "not stated"), LINKS[link(row)], checked]
 
 
+def marked(name: str, row: dict[str, Any]) -> list[str]:
+    """``cells`` in Markdown, with italics for what was counted here."""
+    line, counted = cells(f"`{name}`", row), row.get("counted", ())
+    for place, key in ((1, "params_m"), (2, "gmacs")):
+        line[place] = f"*{line[place]}*" if key in counted else line[place]
+    return line
+
+
 def _lines(header: Iterable[str], body: Iterable[Iterable[str]]) -> list[str]:
     header = list(header)
     rows = [f"| {' | '.join(row)} |" for row in body]
@@ -90,9 +98,10 @@ def markdown() -> str:
         "# Published weights",
         "",
         "Written by `python -m visionattn weights table --out docs/weights.md`; do not edit. Parameters, GMAC (at the",
-        "size the weights are evaluated at) and top-1 (ImageNet-1k, per cent) are the authors' numbers. *Verified",
-        "here* says whether this project has run the published file itself; whatever says *no* is renamed by rules",
-        "that are tested on the authors' parameter names and on outputs of their code, not on the file.",
+        "size the weights are evaluated at) and top-1 (ImageNet-1k, per cent) are the authors' numbers; parameters and",
+        "GMAC that they do not say, in italics, are counted on the model here. *Verified here* says whether this",
+        "project has run the published file itself; whatever says *no* is renamed by rules that are tested on the",
+        "authors' parameter names and on outputs of their code, not on the file.",
         "",
         "*direct* and *hub*: `pretrained=True` downloads the file. *by hand*: the link lies behind a page that",
         "programs often cannot pass; the download is tried, and the error names the page and the one command that",
@@ -104,7 +113,7 @@ def markdown() -> str:
         source = first.get("origin_url", "")
         text += ["", f"## {family}", "", f"{first.get('paper_name', family)}. Original code: <{source}>.", ""]
         if family in manifest():
-            text += _lines(COLUMNS, (cells(f"`{name}`", row) for name, row in own.items() if row["model"]))
+            text += _lines(COLUMNS, (marked(name, row) for name, row in own.items() if row["model"]))
         others = {name: row for name, row in own.items() if not row["model"]}
         if others:
             text += ["", "Files that belong to no model here; `visionattn weights download NAME` fetches them.", ""]

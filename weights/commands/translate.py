@@ -18,11 +18,11 @@ from visionattn.weights.download import sha256_of
 from visionattn.weights.errors import WeightsError
 from visionattn.weights.export import write_weights
 from visionattn.weights.families import release_filter
-from visionattn.weights.load import classifiers
+from visionattn.weights.load import classifiers, unusable
 from visionattn.weights.locate import added_file, cache_name, first_url
 from visionattn.weights.read import fitting_weights
 
-__all__ = ["Translation", "add", "detect", "translate", "translated", "unusable"]
+__all__ = ["Translation", "add", "detect", "shadow", "translate", "translated"]
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Translation:
 
 
 @cache
-def _model(name: str) -> nn.Module:
+def shadow(name: str) -> nn.Module:
     """A registered model without storage."""
     return timm.create_model(name, device="meta")
 
@@ -78,7 +78,7 @@ def translated(name: str, state: dict[str, Tensor]) -> Translation:
         name: Registered model, without a tag.
         state: Tensors under the authors' names or ours.
     """
-    model = _model(name)
+    model = shadow(name)
     result = release_filter(name)(dict(state), model)
     own = model.state_dict()
     heads = tuple(f"{head}." for head in classifiers(model.pretrained_cfg))
@@ -142,17 +142,6 @@ def detect(state: dict[str, Tensor], file_name: str = "") -> str:
     return names[0]
 
 
-def unusable(state: dict[str, Tensor], own: dict[str, Tensor]) -> list[str]:
-    """The parameters in ``state`` that no model can compute with, each with the reason."""
-    found = []
-    for name, value in state.items():
-        if own[name].is_floating_point() and not value.is_floating_point():
-            found.append(f"{name} has numbers of type {str(value.dtype).removeprefix('torch.')}")
-        elif value.is_floating_point() and not value.float().isfinite().all():
-            found.append(f"{name} has values that are NaN or infinite")
-    return found
-
-
 def translate(source: str | Path, target: str | Path | None = None, model: str | None = None) -> Translation:
     """Read a checkpoint, rename its tensors, and write them as safetensors.
 
@@ -191,7 +180,7 @@ def translate(source: str | Path, target: str | Path | None = None, model: str |
     result.name, result.stripped = model, stripped
     if not result.fits:
         raise WeightsError(f"{source} does not fit {arch} completely: {'; '.join(result.lines())}. Nothing was written")
-    if broken := unusable(result.state, _model(arch).state_dict()):
+    if broken := unusable(result.state, shadow(arch).state_dict()):
         raise WeightsError(f"{source} is damaged, or no weights: {some(broken)}. Nothing was written")
     if target is not None:
         known = get_pretrained_cfg(arch if model not in checkpoints() else model)

@@ -40,6 +40,8 @@ class Detector(DenseNet):
         model_args: Arguments of the timm model.
         backbone_args: Arguments of :class:`FeatureBackbone`.
         pretrained: Start from the backbone's published weights.
+        mean: Of images, by channel; the backbone's if not given.
+        std: Likewise.
     """
 
     backbone_path = "model.backbone.features"
@@ -56,6 +58,8 @@ class Detector(DenseNet):
         model_args: dict[str, Any] | None = None,
         backbone_args: dict[str, Any] | None = None,
         pretrained: bool = False,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         two_stage = detector in ("faster_rcnn", "mask_rcnn")
@@ -63,7 +67,8 @@ class Detector(DenseNet):
         features = {"out_indices": 4 if two_stage else 3, **(backbone_args or {})}
         features = create_backbone(name, pretrained, model_args or {}, features)
         backbone = FPNBackbone(features, fpn_channels, "pool" if two_stage else "p6p7")
-        mean, std = normalization(name)
+        self.normalized_by = normalization(features, mean, std)
+        mean, std = self.normalized_by
         arguments = dict(min_size=tuple(min_size), max_size=max_size, image_mean=mean, image_std=std)
         further = dict(detector_args or {})
         if unknown := further.keys() - accepted(DETECTORS[detector]) - {"anchor_size"}:
@@ -94,7 +99,10 @@ class Detector(DenseNet):
     def from_card(cls, card: dict[str, Any], pretrained: bool = False) -> "Detector":
         """The network that a checkpoint's card describes."""
         keys = ("name", "num_classes", "detector", "detector_args", "min_size", "max_size", "fpn_channels")
-        return cls(**{key: card[key] for key in (*keys, "model_args", "backbone_args")}, pretrained=pretrained)
+        normalized_by = {key: card.get(key) for key in ("mean", "std")}
+        return cls(
+            **{key: card[key] for key in (*keys, "model_args", "backbone_args")}, pretrained=pretrained, **normalized_by
+        )
 
     @property
     def pretrained_cfg(self) -> dict[str, Any]:

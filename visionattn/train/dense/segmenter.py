@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import timm
 import torch
 from timm.data import resolve_data_config
 from torch import Tensor, nn
@@ -21,6 +20,8 @@ class DenseNet(nn.Module):
     """
 
     backbone_path = "backbone"
+    normalized_by: tuple[list[float], list[float]]
+    """Mean and deviation of images, which a checkpoint keeps."""
 
     def no_weight_decay(self) -> set[str]:
         """Parameters of the backbone to keep from weight decay."""
@@ -33,12 +34,27 @@ class DenseNet(nn.Module):
         return prefixed(backbone.group_matcher(coarse=coarse), self.backbone_path.replace(".", r"\."))
 
 
-def normalization(name: str) -> tuple[list[float], list[float]]:
-    """Mean and deviation per channel of the images that a timm model was trained on."""
-    check_model_name(name)
-    published = timm.get_pretrained_cfg(name)
-    config = resolve_data_config({}, pretrained_cfg=published.to_dict() if published else {})
-    return list(config["mean"]), list(config["std"])
+def normalization(
+    backbone: FeatureBackbone, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+) -> tuple[list[float], list[float]]:
+    """Mean and deviation per channel of the images that a backbone was trained on.
+
+    Args:
+        backbone: Its model has timm's cfg, of a hub or folder where it is of one.
+        mean: What a checkpoint says, which names the registered model and not where its weights began.
+        std: Likewise.
+
+    Raises:
+        UserError: If these are something else than one number a channel.
+    """
+    config = resolve_data_config({}, pretrained_cfg=getattr(backbone.model, "pretrained_cfg", None) or {})
+    found = []
+    for key, given in (("mean", mean), ("std", std)):
+        values = list(config[key] if given is None else given)
+        if len(values) not in (1, len(config[key])) or not all(isinstance(value, int | float) for value in values):
+            raise UserError(f"the description of the model has {key} {values!r:.80}: one number a channel is needed")
+        found.append(values)
+    return found[0], found[1]
 
 
 def create_backbone(
@@ -70,6 +86,8 @@ class Segmenter(DenseNet):
         model_args: Arguments of the timm model.
         backbone_args: Arguments of :class:`FeatureBackbone`.
         pretrained: Start from the backbone's published weights.
+        mean: Of images, by channel; the backbone's if not given.
+        std: Likewise.
     """
 
     def __init__(
@@ -82,6 +100,8 @@ class Segmenter(DenseNet):
         model_args: dict[str, Any] | None = None,
         backbone_args: dict[str, Any] | None = None,
         pretrained: bool = False,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
@@ -98,14 +118,17 @@ class Segmenter(DenseNet):
         init_head(self.head)
         if self.aux is not None:
             init_head(self.aux)
-        for key, value in zip(("mean", "std"), normalization(name), strict=True):
+        self.normalized_by = normalization(self.backbone, mean, std)
+        for key, value in zip(("mean", "std"), self.normalized_by, strict=True):
             self.register_buffer(key, torch.tensor(value).view(-1, 1, 1), persistent=False)
 
     @classmethod
     def from_card(cls, card: dict[str, Any], pretrained: bool = False) -> "Segmenter":
         """The network that a checkpoint's card describes."""
         keys = ("name", "num_classes", "head", "head_args", "aux", "model_args", "backbone_args")
-        return cls(**{key: card[key] for key in keys}, pretrained=pretrained)
+        return cls(
+            **{key: card[key] for key in keys}, pretrained=pretrained, mean=card.get("mean"), std=card.get("std")
+        )
 
     @property
     def pretrained_cfg(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from visionattn.train.dense.segmenter import DenseNet
 from visionattn.train.optim import warmup_cosine, warmup_poly, warmup_step_decay
 from visionattn.train.task import Task
 from visionattn.weights.load import load_weights
-from visionattn.weights.read import read_bare_weights
+from visionattn.weights.read import fitting_weights, local_file
 
 
 class DenseTask(Task):
@@ -52,12 +52,25 @@ class DenseTask(Task):
     def start(self) -> None:
         """Load ``weights``: a run of this task, a classification model, or the authors' detector or segmenter."""
         p = self.hparams
+        self.card |= dict(zip(("mean", "std"), self.net.normalized_by, strict=True))
         if p.weights:
             backbone = self.net.get_submodule(self.net.backbone_path)
-            state = read_bare_weights(p.weights)
-            if any(key.startswith(f"{self.net.backbone_path}.model.") for key in state):
+
+            def is_run(state: dict[str, Tensor]) -> bool:
+                return any(key.startswith(f"{self.net.backbone_path}.model.") for key in state)
+
+            def fits(state: dict[str, Tensor]) -> bool:
+                try:
+                    return is_run(state) or backbone.fitted(state) is not None
+                except Exception:  # rules meet the names and shapes of another model
+                    return False
+
+            state, stripped = fitting_weights(local_file(p.weights), fits)
+            if is_run(state):
                 load_weights(self.net, p.weights, p.reset_head)
             else:
+                if stripped:
+                    print(f"{p.weights}: took the weights behind {stripped}")
                 try:
                     backbone.load(state)
                 except ValueError as error:
