@@ -2,21 +2,25 @@
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from visionattn.errors import UserError
 from visionattn.train import saving
 from visionattn.train.classify import Classification
 from visionattn.train.cli import main, run
-from visionattn.train.failures import explained
+from visionattn.train.failures import LostProcess, explained
+from visionattn.train.processes import Voice
 from visionattn.train.saving import SafeIO
 from visionattn.train.stopping import Interrupted
 
@@ -252,6 +256,85 @@ def test_bare_weights_are_no_run_to_go_on_with(run_dir, fit, tmp_path):
         flags = ["--data=Digits", f"--ckpt_path={weights}", *([f"--out={tmp_path}"] if command == "fit" else [])]
         with pytest.raises(UserError, match="holds weights without the state of a run.* --model.weights"):
             run([command, *flags])
+
+
+# Processes
+
+
+def lost(tmp_path, tiny, chosen, *flags):
+    """Kill one of a run's two processes; gives the exit status of the survivor's side and what was said."""
+    arguments = ["--data=Digits", *tiny, "--trainer.max_epochs=500", "--trainer.limit_train_batches=6", *flags]
+    arguments += ["--trainer.accelerator=cpu", "--trainer.devices=2", f"--out={tmp_path}"]
+    with open(tmp_path / "said", "w") as said:
+        process = subprocess.Popen([sys.executable, "train.py", "fit", *arguments], cwd=ROOT, stderr=said, stdout=said)
+        while not last(tmp_path).exists():
+            assert process.poll() is None
+            time.sleep(0.1)
+        others = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        os.kill(process.pid if chosen == 0 else int(others[-1]), signal.SIGKILL)
+        status = process.wait(timeout=60)
+    end = time.monotonic() + 30
+    while chosen == 0 and Path("/proc", others[-1]).exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not Path("/proc", others[-1]).exists()
+    return status, [line for line in (tmp_path / "said").read_text().splitlines() if line.startswith("error: ")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy, chosen", [("ddp", 0), ("ddp", 1), ("ddp_spawn", 1)])
+def test_a_process_of_a_run_that_is_killed_leaves_one_line_and_no_process(tmp_path, tiny, strategy, chosen):
+    status, lines = lost(tmp_path, tiny, chosen, f"--trainer.strategy={strategy}")
+    assert status not in (0, None) and len(lines) == 1
+    assert re.search(r"process of this run ended.*Saved step \d+: go on with .* --ckpt_path .*last.ckpt", lines[0])
+
+
+class Place:
+    """What Lightning says of a process of a run."""
+
+    def __init__(self, rank):
+        self.rank, self.main_port = rank, os.getpid() if rank == 0 else os.getppid()
+
+    def local_rank(self):
+        return self.rank
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_of_those_that_lost_the_first_process_one_speaks(monkeypatch, killed):
+    """Three processes, of which the first starts the others, as Lightning does; as long as it lives they are silent."""
+    monkeypatch.setenv("VISIONATTN_FIRST_PROCESS", "")
+    answers, answer = os.pipe()
+    if (first := os.fork()) == 0:
+        voice = Voice(Place(0))
+        for rank in (1, 2):
+            if os.fork() == 0:
+                mine = Voice(Place(rank))
+                os.write(answer, b"%d" % mine.claim(patience=0.3 if not killed else 10))
+                os._exit(0)
+        if killed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        for _ in range(2):
+            os.wait()
+        os.write(answer, b"%d" % voice.claim())
+        os._exit(0)
+    os.close(answer)
+    os.waitpid(first, 0)
+    with open(answers, "rb") as said:
+        assert sorted(said.read()) == sorted(b"01" if killed else b"001")
+
+
+def test_who_waits_for_an_ended_first_process_is_ended(monkeypatch):
+    monkeypatch.setenv("VISIONATTN_FIRST_PROCESS", str(os.getppid()))
+    voice, ended = Voice(Place(1)), threading.Event()
+    voice.watch(ended.set, grace=0.0)
+    assert not ended.wait(0.7)
+    voice.parent = "0"  # no longer that of this process
+    assert ended.wait(5)
+
+
+def test_what_a_spawned_process_says_is_the_line():
+    said = "\n\n-- Process 1 terminated with the following error:\nTraceback\nvisionattn.errors.UserError: mend it"
+    assert str(explained(ProcessRaisedException(said, 1, 2))) == "mend it"
+    assert isinstance(explained(ProcessExitedException("", 0, 1, -9)), LostProcess)
 
 
 # Other failures

@@ -39,9 +39,10 @@ from visionattn.train.dense.detect import Detection
 from visionattn.train.dense.segment import Segmentation
 from visionattn.train.failures import LostProcess, explained
 from visionattn.train.predict import add_arguments, predict
+from visionattn.train.processes import Voice, is_child
 from visionattn.train.progress import EpochLines, RunBar
 from visionattn.train.saving import SafeIO, newest, readable
-from visionattn.train.stopping import Interrupted, StopOnSignal, is_child, signals_taken, stopper
+from visionattn.train.stopping import Interrupted, StopOnSignal, signals_taken, stopper
 from visionattn.train.summary import Summary
 from visionattn.train.task import Task
 from visionattn.weights.card import CARD, ELSEWHERE, checked, run_settings
@@ -201,6 +202,7 @@ class CLI(LightningCLI):
 
     checkpoint: dict[str, Any] | None = None
     trainer: pl.Trainer | None = None
+    voice: Voice | None = None  # of a run of several processes
     started, ended = 0.0, False
 
     def before_instantiate_classes(self) -> None:
@@ -254,6 +256,9 @@ class CLI(LightningCLI):
             names = self._subcommand_method_arguments[subcommand]
             predict(**{name: self.config[subcommand][name] for name in names})
             return
+        if environment := getattr(self.trainer.strategy, "cluster_environment", None):
+            self.voice = Voice(environment)
+            self.voice.watch(self._end_orphan)
         try:
             super()._run_subcommand(subcommand)
         except Interrupted as stop:
@@ -263,11 +268,17 @@ class CLI(LightningCLI):
         except Exception as error:
             self.ended = True
             failure = explained(error)
-            if failure is None or not self.started:
+            lost = isinstance(failure, LostProcess)
+            if failure is None or not (self.started or lost):
                 raise
-            raise type(failure)(f"{failure}. {self._kept()}".replace("..", ".")) from error
+            failure = type(failure)(f"{failure}. {self._kept()}".replace("..", ".").strip())
+            if lost:
+                failure.told = self.voice is not None and not self.voice.claim()
+            raise failure from error
         finally:
             self._end_children()
+            if self.voice is not None:
+                self.voice.close()
         if stopper.noted:  # after the last step, where the rest is soon done
             raise Interrupted(stopper.noted)
 
@@ -287,13 +298,20 @@ class CLI(LightningCLI):
         """Say it when Lightning ends the run because a process of it has ended; it kills all without a word."""
 
         def terminate_all(watch: _ChildProcessObserver) -> None:
-            if not self.ended:
+            if not self.ended and self.voice.claim():
                 codes = [f"process {n} with status {c.returncode}" for n, c in enumerate(children(self.trainer), 1)]
                 ended = some(code for code in codes if not code.endswith("None"))
                 print(f"error: the run lost {ended}, so all were ended. {self._kept()}", file=sys.stderr, flush=True)
             _terminate_all(watch)
 
         _ChildProcessObserver._terminate_all = terminate_all
+
+    def _end_orphan(self) -> None:
+        """End this process, which waits for ever for the one that started it, and say so if no other one does."""
+        if self.voice.claim():
+            text = f"error: the first process of this run ended, so all were ended. {self._kept()}"
+            print(text, file=sys.stderr, flush=True)
+        os._exit(1)
 
     def _end_children(self) -> None:
         """Leave no process of the run behind: those that wait for one that ended would wait for ever."""
@@ -437,16 +455,17 @@ def run(args: list[str] | None = None) -> CLI:
 
 
 def children(trainer: pl.Trainer) -> list[subprocess.Popen]:
-    """The processes that this one started to train together with it."""
-    return getattr(trainer.strategy.launcher, "procs", [])
+    """The processes that this one started to train together with it; PyTorch ends those of a spawned run itself."""
+    started = getattr(trainer.strategy.launcher, "procs", [])
+    return [process for process in started if isinstance(process, subprocess.Popen)]
 
 
 def main(args: list[str] | None = None) -> None:
     """Run one command and end with a one-line error if the user can fix it."""
     try:
         run(args)
-    except LostProcess as error:  # one process of the run speaks for all
-        sys.exit(1 if is_child() else f"error: {error}")
+    except LostProcess as error:
+        sys.exit(1 if error.told else f"error: {error}")
     except UserError as error:
         sys.exit(f"error: {error}")
     except Interrupted as stop:
