@@ -61,7 +61,9 @@ def test_a_loss_that_is_no_number_ends_training_with_step_and_batch(fit, tmp_pat
 
     forward = Classification.forward
     monkeypatch.setattr(Classification, "forward", spoil)
-    with pytest.raises(UserError, match=r"is nan in batch 3 of epoch 2, at step 8, on 32 of its 32.* Saved step 6: go"):
+    with pytest.raises(
+        UserError, match=r"is nan in batch 3 of epoch 2, at step 8, on digit \d+, .* and 16 more\. .* Saved step 6: go"
+    ):
         fit(tmp_path, "--trainer.max_epochs=4")
     assert torch.load(last(tmp_path), weights_only=True)["epoch"] == 0
     assert not (tmp_path / "checkpoints" / "model.safetensors").exists()
@@ -237,6 +239,19 @@ def test_a_folder_that_cannot_be_one_is_refused_before_training(fit, tmp_path, o
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=f"--out .*{out}: .*file {message}. Choose another folder"):
         fit(tmp_path / out)
+
+
+def test_a_folder_with_another_run_is_refused_but_for_going_on(run_dir, fit, tmp_path):
+    flags = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=1"]
+    before = last(run_dir).read_bytes()
+    for more in ([], [f"--ckpt_path={run_dir / 'every' / '1.ckpt'}"]):
+        with pytest.raises(UserError, match="--out .* holds another run: go on .*--ckpt_path .*last.ckpt.*--overwrite"):
+            fit(run_dir, *flags, *more)
+    assert last(run_dir).read_bytes() == before
+    last(tmp_path).parent.mkdir()
+    last(tmp_path).write_bytes(b"old")
+    fit(tmp_path, *flags, "--overwrite", ema=False)
+    assert torch.load(last(tmp_path), weights_only=True)["global_step"] == 1
 
 
 def test_a_lost_or_damaged_checkpoint_gives_way_to_the_newest_readable_one(run_dir, fit, tmp_path, capsys):

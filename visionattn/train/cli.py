@@ -1,6 +1,7 @@
 """The command line of ``train.py``: Lightning's, with one-line errors and no silent choices."""
 
 import importlib.resources
+import itertools
 import logging
 import math
 import os
@@ -100,6 +101,7 @@ class CLI(LightningCLI):
         parser.add_argument(
             "--out", type=str | None, default=None, help="Folder of the run; runs/MODEL-1, -2, ... if not given."
         )
+        parser.add_argument("--overwrite", action="store_true", help="Start in an --out that holds another run.")
         parser.set_defaults({"model": {"class_path": class_path(Classification)}})
         parser.link_arguments("model.init_args.name", "data.init_args.model")
         parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
@@ -322,6 +324,7 @@ class CLI(LightningCLI):
                 child.kill()
 
     def before_fit(self) -> None:
+        self._require_free()
         self._check(["train", "val"])
         check_disk(self.trainer, self.model, self.out)
         averaged = "current_model_state" in (self.checkpoint or {})
@@ -333,6 +336,22 @@ class CLI(LightningCLI):
 
         self.started = time.time()
         self._watch_children()
+
+    def _require_free(self) -> None:
+        """Refuse a folder whose checkpoints would give way to those of this run, unless it goes on with them."""
+        config = self.config["fit"]
+        if config.get("overwrite") or config["trainer"].get("fast_dev_run"):
+            return
+        folder = Path(self.out, "checkpoints")
+        before = config.get("ckpt_path")
+        if before and Path(before).resolve().parent == folder.resolve():
+            return
+        if there := sorted(folder.glob("*.ckpt")):
+            name = next((path for path in there if path.name == "last.ckpt"), there[-1])
+            raise UserError(
+                f"--out {self.out} holds another run: go on with it by --ckpt_path {name}, choose another folder, or "
+                "write over it with --overwrite"
+            )
 
     def before_validate(self) -> None:
         self._require_weights()
@@ -371,7 +390,7 @@ class CLI(LightningCLI):
 
 def check_files(arguments: list[str]) -> None:
     """Refuse configuration files that hold no settings, where the parser names neither the file nor the reason."""
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
         name, equals, value = argument.partition("=")
         path = Path(value if equals else following)
         if name not in ("-c", "--config") or not path.is_file():

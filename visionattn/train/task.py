@@ -211,13 +211,21 @@ class Task(pl.LightningModule):
         parameters = [name for name, p in self.net.named_parameters() if not p.isfinite().all()]
         return parameters + [name for name, b in self.net.named_buffers() if b.is_floating_point() and b.isnan().any()]
 
-    def require_finite(self, loss: Tensor, batch_idx: int, where: str, parts: dict[str, Tensor] | None = None) -> None:
-        """Stop if the loss of a training step is no number.
+    def require_finite(
+        self,
+        loss: Tensor,
+        indices: Tensor,
+        batch_idx: int,
+        bad: Tensor | None = None,
+        parts: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Stop with the names of the images if the loss of a training step is no number.
 
         Args:
             loss: The step's loss.
-            batch_idx: Which batch of the epoch it is of.
-            where: The images at fault, as far as they are known.
+            indices: Places of the batch's images in the data set. [B]
+            batch_idx: Which batch of the epoch it is.
+            bad: Which of the images have outputs that are no numbers, if that is known. [B]
             parts: What the loss consists of.
 
         Raises:
@@ -225,6 +233,9 @@ class Task(pl.LightningModule):
         """
         if torch.isfinite(loss):
             return
+        named = indices if bad is None or not bad.any() else indices[bad.to(indices.device)]
+        names = self.trainer.datamodule.image_names(named, training=True)
+        where = some(names, 16) if names else f"{len(named)} of its {len(indices)} images"
         values = ", ".join(f"{name} {float(value):g}" for name, value in (parts or {}).items())
         broken = self.broken()
         raise UserError(
