@@ -393,6 +393,36 @@ def test_failures_of_the_machine_are_told_from_mistakes_of_the_program():
         assert explained(error) is None
 
 
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--data=FOLDER"], "--data .*: that is a kind of data, such as Images; give yours by --data.root"),
+        (["--data=Images", "--data.root=FILE"], "is no folder of images and no tar"),
+        (["--data=Images", "--data.mean=[1,2]"], "data.mean is .*: give a number for each of the 3 channels"),
+        (["--data=Images", "--data.std=[1,0,1]"], "data.std is .*, greater than 0"),
+        (["--data=Images", "--data.interpolation=x"], "data.interpolation is 'x': it must be one of nearest"),
+        (["--data=Images", "--data.train_interpolation=x"], "data.train_interpolation is 'x'.*, random"),
+        (["--data=Images", "--data.scale=[2,3]"], r"data.scale is \[2.*\]: give two shares"),
+        (["--data=Images", "--data.crop_pct=0"], "data.crop_pct is 0.*: it must be greater than 0"),
+        (["--data=SceneMasks"], "SceneMasks has no class of each image: choose another --data"),
+        (["--data=Digits", "--model.optimizer_args={x: 1}"], "adamw does not take model.optimizer_args .*'x'"),
+        (["--data=Digits", "--trainer.accumulate_grad_batches=0"], "accumulate_grad_batches is 0: .* at least 1"),
+        (["--data=Digits", "--trainer.check_val_every_n_epoch=0"], "check_val_every_n_epoch is 0: .* at least 1"),
+        (
+            ["--data=Digits", "--model.name=vit_tiny_patch16_224", "--model.model_args={depth: 1}"],
+            "match model .*Change --data.img_size",
+        ),
+    ],
+)
+def test_mistakes_of_a_first_run_end_in_one_sentence(tiny, folder, tmp_path, flags, said):
+    (tmp_path / "x.csv").touch()
+    flags = [flag.replace("FOLDER", str(folder)).replace("FILE", str(tmp_path / "x.csv")) for flag in flags]
+    if "--data=Images" in flags and not any("--data.root" in flag for flag in flags):
+        flags.append(f"--data.root={folder}")
+    with pytest.raises(SystemExit, match=f"^error: [^\n]*{said}[^\n]*$"):
+        main(["fit", *tiny, "--trainer.accelerator=cpu", f"--out={tmp_path / 'run'}", *flags])
+
+
 @pytest.mark.parametrize("content", ["- a\n- b\n", "", "3\n", "a: [b\n"])
 def test_a_file_that_is_no_configuration_is_named(content, tmp_path):
     path = tmp_path / "x.yaml"

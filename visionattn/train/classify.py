@@ -11,6 +11,7 @@ from torchmetrics import MeanMetric
 
 from visionattn.errors import UserError
 from visionattn.train.data.base import Data
+from visionattn.train.data.dense import DenseData
 from visionattn.train.data.sampling import IGNORED
 from visionattn.train.optim import warmup_cosine, warmup_poly
 from visionattn.train.task import Task
@@ -78,6 +79,8 @@ class Classification(Task):
         self.metrics = torch.nn.ModuleDict({name: MeanMetric() for name in ("loss", "acc1", "acc5")})
 
     def check(self, data: Data, splits: list[str]) -> None:
+        if isinstance(data, DenseData):
+            raise UserError(f"{type(data).__name__} has no class of each image: choose another --data, or --model")
         if self.mixup is not None and "train" in splits and data.batch_size % 2:
             raise UserError(f"Mixup pairs images up, but data.batch_size is {data.batch_size}: make it even")
 

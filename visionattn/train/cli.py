@@ -61,6 +61,15 @@ ARCHITECTURE = {"name", "model_args", "backbone_args", "head", "head_args", "det
 # By what a checkpoint says about itself.
 TASKS = {None: Classification, "segment": Segmentation, "detect": Detection}
 
+# Of the trainer's settings that Lightning takes as they are.
+LEAST = {
+    "gradient_clip_val": 0,
+    "max_epochs": -1,
+    "max_steps": -1,
+    "check_val_every_n_epoch": 1,
+    "accumulate_grad_batches": 1,
+}
+
 _terminate_all = _ChildProcessObserver._terminate_all
 
 
@@ -239,8 +248,8 @@ class CLI(LightningCLI):
             kwargs["enable_progress_bar"] = wanted
             callbacks.append(RunBar() if wanted else EpochLines())
         kwargs["callbacks"] = callbacks
-        for name in ("gradient_clip_val", "max_epochs", "max_steps"):
-            value, least = config["trainer"].get(name), 0 if name == "gradient_clip_val" else -1
+        for name, least in LEAST.items():
+            value = config["trainer"].get(name)
             if value is not None and not least <= value < math.inf:
                 raise UserError(f"trainer.{name} is {value}: it must be at least {least}")
         try:
@@ -389,10 +398,12 @@ class CLI(LightningCLI):
 
 
 def check_files(arguments: list[str]) -> None:
-    """Refuse configuration files that hold no settings, where the parser names neither the file nor the reason."""
+    """Refuse files that hold no settings, where the parser names neither the file nor the reason."""
     for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
         name, equals, value = argument.partition("=")
         path = Path(value if equals else following)
+        if name == "--data" and path.exists() and path.suffix.lower() not in (".yaml", ".yml", ".json"):
+            raise UserError(f"--data {path}: that is a kind of data, such as Images; give yours by --data.root {path}")
         if name not in ("-c", "--config") or not path.is_file():
             continue
         try:

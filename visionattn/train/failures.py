@@ -48,6 +48,10 @@ def explained(error: Exception) -> UserError | None:
     text = one_line(error)
     if isinstance(error, OSError | MemoryError | RuntimeError | SafetensorError):
         return of_machine(error, text)
+    if isinstance(error, AssertionError) and text and raised_in(error, "timm", "torch"):
+        # What is asserted about an input or a name; a size is what --data.img_size and the model say.
+        advice = ". Change --data.img_size, or the model's by --model.model_args {img_size: ...}"
+        return UserError(text.rstrip(".") + (advice if "match model" in text else ""))
     if isinstance(error, ValueError | TypeError) and raised_in(error, "lightning"):
         return UserError(text)
     return None

@@ -11,7 +11,7 @@ from timm.optim import list_optimizers
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from visionattn.errors import UserError, some
+from visionattn.errors import UserError, one_line, some
 from visionattn.train.data.base import Data
 from visionattn.train.data.sampling import global_seed, seed_random
 from visionattn.train.flops import training_flops
@@ -148,9 +148,13 @@ class Task(pl.LightningModule):
             batch = trainer.datamodule.batch_size * trainer.world_size * trainer.accumulate_grad_batches
             lr = p.lr * batch / p.lr_batch
             self.print(f"learning rate {p.lr:g} for a batch of {p.lr_batch} is {lr:g} for {batch}")
-        optimizer = create_optimizer(
-            self.net, p.optimizer, lr, p.weight_decay, p.layer_decay, **(p.optimizer_args or {})
-        )
+        given = p.optimizer_args or {}
+        try:
+            optimizer = create_optimizer(self.net, p.optimizer, lr, p.weight_decay, p.layer_decay, **given)
+        except (TypeError, ValueError) as error:
+            if not given:
+                raise
+            raise UserError(f"{p.optimizer} does not take model.optimizer_args {given}: {one_line(error)}") from error
         schedule = self.schedule(optimizer, lr)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"}}
 

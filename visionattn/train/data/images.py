@@ -22,6 +22,8 @@ from visionattn.weights.card import check_model_name
 
 FOLDERS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "eval"), "test": ("test",)}
 
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+
 
 class Images(Data):
     """Images that ``timm.data.create_dataset`` reads; a folder holds ``train/CLASS/*.jpg`` and ``val/CLASS/*.jpg``.
@@ -89,6 +91,7 @@ class Images(Data):
         super().__init__(batch_size, eval_batch_size, workers)
         if img_size is not None and img_size < 1:
             raise UserError(f"data.img_size is {img_size}: it must be at least 1")
+        self._require_sense(mean, std, interpolation, crop_pct, train_interpolation, scale)
         self.root, self.source, self.dataset_args = root, dataset, dataset_args or {}
         self.splits = {"train": train_split, "val": val_split, "test": test_split or self._test_split(val_split)}
         self.check_images, self.bad_images = check_images, bad_images
@@ -181,6 +184,31 @@ class Images(Data):
         """Whether torchvision reads an image folder."""
         return self.source.lower() in ("torch/folder", "torch/image_folder")
 
+    @staticmethod
+    def _require_sense(
+        mean: list[float] | None,
+        std: list[float] | None,
+        interpolation: str | None,
+        crop_pct: float | None,
+        train_interpolation: str,
+        scale: tuple[float, float],
+    ) -> None:
+        """Refuse what timm would take and change in silence, or fail at."""
+        for name, values in (("mean", mean), ("std", std)):
+            if values is not None and (len(values) != 3 or name == "std" and min(values) <= 0):
+                above = ", greater than 0" if name == "std" else ""
+                raise UserError(f"data.{name} is {values}: give a number for each of the 3 channels{above}")
+        for name, value, more in (
+            ("interpolation", interpolation, ()),
+            ("train_interpolation", train_interpolation, ("random",)),
+        ):
+            if value is not None and value not in (known := (*INTERPOLATIONS, *more)):
+                raise UserError(f"data.{name} is {value!r}: it must be one of {', '.join(known)}")
+        if crop_pct is not None and not 0 < crop_pct <= 1:
+            raise UserError(f"data.crop_pct is {crop_pct}: it must be greater than 0 and at most 1")
+        if not 0 < scale[0] <= scale[1] <= 1:
+            raise UserError(f"data.scale is {list(scale)}: give two shares, the smaller one first, from above 0 to 1")
+
     def _test_split(self, val_split: str) -> str:
         """What is tested on if nobody says: the test folder if there is one."""
         if self.source and not self._is_torch_folder:
@@ -204,6 +232,8 @@ class Images(Data):
                 raise UserError("no data: give the image folder with --data.root")
             if not Path(self.root).exists():
                 raise UserError(f"no such data folder: {self.root}. Give an existing one with --data.root")
+            if Path(self.root).is_file() and Path(self.root).suffix.lower() != ".tar":
+                raise UserError(f"{self.root} is no folder of images and no tar: give one of them with --data.root")
         if self._is_folder:
             has_train = any(Path(self.root, name).is_dir() for name in (self.splits["train"], *FOLDERS["train"]))
             return ClassFolders(self._folder("train" if has_train else "val"), kinds=self._kinds).class_to_idx
