@@ -123,7 +123,7 @@ def folder(tmp_path, monkeypatch):
             for i in range(count):
                 pixels = generator.integers(0, 256, (72, 80, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(images / f"{i}.jpg")
-    for name in ("configs", "train.py"):
+    for name in ("configs", "train.py", "visionattn_train.py"):
         os.symlink(ROOT / name, tmp_path / name)
     os.symlink(tmp_path / "FOLDER" / "val" / "cat", tmp_path / "IMAGE_OR_FOLDER")
     for name in ("images", "benchmarks"):

@@ -2,21 +2,25 @@
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from visionattn.errors import UserError
 from visionattn.train import saving
 from visionattn.train.classify import Classification
 from visionattn.train.cli import main, run
-from visionattn.train.failures import explained
+from visionattn.train.failures import LostProcess, explained
+from visionattn.train.processes import Voice
 from visionattn.train.saving import SafeIO
 from visionattn.train.stopping import Interrupted
 
@@ -57,7 +61,9 @@ def test_a_loss_that_is_no_number_ends_training_with_step_and_batch(fit, tmp_pat
 
     forward = Classification.forward
     monkeypatch.setattr(Classification, "forward", spoil)
-    with pytest.raises(UserError, match=r"is nan in batch 3 of epoch 2, at step 8, on 32 of its 32.* Saved step 6: go"):
+    with pytest.raises(
+        UserError, match=r"is nan in batch 3 of epoch 2, at step 8, on digit \d+, .* and 16 more\. .* Saved step 6: go"
+    ):
         fit(tmp_path, "--trainer.max_epochs=4")
     assert torch.load(last(tmp_path), weights_only=True)["epoch"] == 0
     assert not (tmp_path / "checkpoints" / "model.safetensors").exists()
@@ -235,6 +241,19 @@ def test_a_folder_that_cannot_be_one_is_refused_before_training(fit, tmp_path, o
         fit(tmp_path / out)
 
 
+def test_a_folder_with_another_run_is_refused_but_for_going_on(run_dir, fit, tmp_path):
+    flags = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=1"]
+    before = last(run_dir).read_bytes()
+    for more in ([], [f"--ckpt_path={run_dir / 'every' / '1.ckpt'}"]):
+        with pytest.raises(UserError, match="--out .* holds another run: go on .*--ckpt_path .*last.ckpt.*--overwrite"):
+            fit(run_dir, *flags, *more)
+    assert last(run_dir).read_bytes() == before
+    last(tmp_path).parent.mkdir()
+    last(tmp_path).write_bytes(b"old")
+    fit(tmp_path, *flags, "--overwrite", ema=False)
+    assert torch.load(last(tmp_path), weights_only=True)["global_step"] == 1
+
+
 def test_a_lost_or_damaged_checkpoint_gives_way_to_the_newest_readable_one(run_dir, fit, tmp_path, capsys):
     fit(tmp_path, "--trainer.max_epochs=2")
     path = last(tmp_path)
@@ -252,6 +271,85 @@ def test_bare_weights_are_no_run_to_go_on_with(run_dir, fit, tmp_path):
         flags = ["--data=Digits", f"--ckpt_path={weights}", *([f"--out={tmp_path}"] if command == "fit" else [])]
         with pytest.raises(UserError, match="holds weights without the state of a run.* --model.weights"):
             run([command, *flags])
+
+
+# Processes
+
+
+def lost(tmp_path, tiny, chosen, *flags):
+    """Kill one of a run's two processes; gives the exit status of the survivor's side and what was said."""
+    arguments = ["--data=Digits", *tiny, "--trainer.max_epochs=500", "--trainer.limit_train_batches=6", *flags]
+    arguments += ["--trainer.accelerator=cpu", "--trainer.devices=2", f"--out={tmp_path}"]
+    with open(tmp_path / "said", "w") as said:
+        process = subprocess.Popen([sys.executable, "train.py", "fit", *arguments], cwd=ROOT, stderr=said, stdout=said)
+        while not last(tmp_path).exists():
+            assert process.poll() is None
+            time.sleep(0.1)
+        others = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        os.kill(process.pid if chosen == 0 else int(others[-1]), signal.SIGKILL)
+        status = process.wait(timeout=60)
+    end = time.monotonic() + 30
+    while chosen == 0 and Path("/proc", others[-1]).exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not Path("/proc", others[-1]).exists()
+    return status, [line for line in (tmp_path / "said").read_text().splitlines() if line.startswith("error: ")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy, chosen", [("ddp", 0), ("ddp", 1), ("ddp_spawn", 1)])
+def test_a_process_of_a_run_that_is_killed_leaves_one_line_and_no_process(tmp_path, tiny, strategy, chosen):
+    status, lines = lost(tmp_path, tiny, chosen, f"--trainer.strategy={strategy}")
+    assert status not in (0, None) and len(lines) == 1
+    assert re.search(r"process of this run ended.*Saved step \d+: go on with .* --ckpt_path .*last.ckpt", lines[0])
+
+
+class Place:
+    """What Lightning says of a process of a run."""
+
+    def __init__(self, rank):
+        self.rank, self.main_port = rank, os.getpid() if rank == 0 else os.getppid()
+
+    def local_rank(self):
+        return self.rank
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_of_those_that_lost_the_first_process_one_speaks(monkeypatch, killed):
+    """Three processes, of which the first starts the others, as Lightning does; as long as it lives they are silent."""
+    monkeypatch.setenv("VISIONATTN_FIRST_PROCESS", "")
+    answers, answer = os.pipe()
+    if (first := os.fork()) == 0:
+        voice = Voice(Place(0))
+        for rank in (1, 2):
+            if os.fork() == 0:
+                mine = Voice(Place(rank))
+                os.write(answer, b"%d" % mine.claim(patience=0.3 if not killed else 10))
+                os._exit(0)
+        if killed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        for _ in range(2):
+            os.wait()
+        os.write(answer, b"%d" % voice.claim())
+        os._exit(0)
+    os.close(answer)
+    os.waitpid(first, 0)
+    with open(answers, "rb") as said:
+        assert sorted(said.read()) == sorted(b"01" if killed else b"001")
+
+
+def test_who_waits_for_an_ended_first_process_is_ended(monkeypatch):
+    monkeypatch.setenv("VISIONATTN_FIRST_PROCESS", str(os.getppid()))
+    voice, ended = Voice(Place(1)), threading.Event()
+    voice.watch(ended.set, grace=0.0)
+    assert not ended.wait(0.7)
+    voice.parent = "0"  # no longer that of this process
+    assert ended.wait(5)
+
+
+def test_what_a_spawned_process_says_is_the_line():
+    said = "\n\n-- Process 1 terminated with the following error:\nTraceback\nvisionattn.errors.UserError: mend it"
+    assert str(explained(ProcessRaisedException(said, 1, 2))) == "mend it"
+    assert isinstance(explained(ProcessExitedException("", 0, 1, -9)), LostProcess)
 
 
 # Other failures
@@ -293,6 +391,36 @@ def test_failures_of_the_machine_are_told_from_mistakes_of_the_program():
     assert "TMPDIR" in str(explained(FileNotFoundError(errno.ENOENT, "No usable temporary directory found in [...]")))
     for error in (RuntimeError("shapes do not match"), KeyError("x"), FileNotFoundError(errno.ENOENT, "no", "x")):
         assert explained(error) is None
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--data=FOLDER"], "--data .*: that is a kind of data, such as Images; give yours by --data.root"),
+        (["--data=Images", "--data.root=FILE"], "is no folder of images and no tar"),
+        (["--data=Images", "--data.mean=[1,2]"], "data.mean is .*: give a number for each of the 3 channels"),
+        (["--data=Images", "--data.std=[1,0,1]"], "data.std is .*, greater than 0"),
+        (["--data=Images", "--data.interpolation=x"], "data.interpolation is 'x': it must be one of nearest"),
+        (["--data=Images", "--data.train_interpolation=x"], "data.train_interpolation is 'x'.*, random"),
+        (["--data=Images", "--data.scale=[2,3]"], r"data.scale is \[2.*\]: give two shares"),
+        (["--data=Images", "--data.crop_pct=0"], "data.crop_pct is 0.*: it must be greater than 0"),
+        (["--data=SceneMasks"], "SceneMasks has no class of each image: choose another --data"),
+        (["--data=Digits", "--model.optimizer_args={x: 1}"], "adamw does not take model.optimizer_args .*'x'"),
+        (["--data=Digits", "--trainer.accumulate_grad_batches=0"], "accumulate_grad_batches is 0: .* at least 1"),
+        (["--data=Digits", "--trainer.check_val_every_n_epoch=0"], "check_val_every_n_epoch is 0: .* at least 1"),
+        (
+            ["--data=Digits", "--model.name=vit_tiny_patch16_224", "--model.model_args={depth: 1}"],
+            "match model .*Change --data.img_size",
+        ),
+    ],
+)
+def test_mistakes_of_a_first_run_end_in_one_sentence(tiny, folder, tmp_path, flags, said):
+    (tmp_path / "x.csv").touch()
+    flags = [flag.replace("FOLDER", str(folder)).replace("FILE", str(tmp_path / "x.csv")) for flag in flags]
+    if "--data=Images" in flags and not any("--data.root" in flag for flag in flags):
+        flags.append(f"--data.root={folder}")
+    with pytest.raises(SystemExit, match=f"^error: [^\n]*{said}[^\n]*$"):
+        main(["fit", *tiny, "--trainer.accelerator=cpu", f"--out={tmp_path / 'run'}", *flags])
 
 
 @pytest.mark.parametrize("content", ["- a\n- b\n", "", "3\n", "a: [b\n"])

@@ -56,7 +56,7 @@ def test_classes_keep_their_index_when_validation_lacks_one(folder):
 
 
 def test_batches_hold_images_targets_and_unreadable_counts(folder):
-    pixels, targets, unreadable = next(iter(images(folder).val_dataloader()))
+    pixels, targets, _, unreadable = next(iter(images(folder).val_dataloader()))
     assert pixels.shape == (4, 3, 32, 32) and targets.tolist() == [0, 0, 0, 1] and unreadable.sum() == 0
 
 
@@ -186,6 +186,22 @@ def turn(folder, split="val"):
         shutil.rmtree(folder / split / name)
         (folder / split / name).mkdir()
         Image.fromarray(np.rot90(pixels).copy()).save(folder / split / name / "0.png", exif=exif)
+
+
+def test_a_tar_of_all_splits_is_refused_and_a_tar_of_each_is_read(folder, tmp_path):
+    for split in ("train", "val"):
+        with tarfile.open(tmp_path / f"{split}.tar", "w") as tar:
+            tar.add(folder / split, split)
+    with pytest.raises(UserError, match="train.tar is one file, so that validation .* train.tar and val.tar"):
+        images(tmp_path / "train.tar").check(["train", "val"])
+    images(tmp_path / "val.tar").check(["val"])  # a score of one split is no mistake
+    data = images(tmp_path)
+    data.check(["train", "val", "test"])
+    assert [len(data.dataset(split)[0]) for split in ("train", "val", "test")] == [24, 9, 9]
+    assert data.origin("test") == str(tmp_path / "val.tar")
+    (tmp_path / "val.tar").unlink()
+    with pytest.raises(UserError, match="no val.tar in .*, where the other splits are tars: add it"):
+        images(tmp_path).check(["train", "val"])
 
 
 @pytest.mark.parametrize("dataset", ["", "torch/image_folder", "tar"])

@@ -11,6 +11,7 @@ from PIL import Image
 from visionattn.errors import UserError
 from visionattn.train.cli import run
 from visionattn.train.data import Digits
+from visionattn.train.dense.predict import predict_dense
 from visionattn.train.predict import predict
 
 
@@ -144,3 +145,34 @@ def test_a_device_that_is_not_there_is_named(run_dir, pictures, tmp_path, device
         pytest.skip("there is one")
     with pytest.raises(UserError, match=f"no device {device} here .*: use --device cpu, or auto"):
         predict([str(pictures)], str(run_dir / "checkpoints" / "last.ckpt"), device=device)
+
+
+@pytest.mark.parametrize("name", ["p.json", "p.csv"])
+def test_a_result_is_overwritten_on_request_only(run_dir, pictures, tmp_path, name):
+    output, checkpoint = tmp_path / name, str(run_dir / "checkpoints" / "last.ckpt")
+    output.write_text("mine")
+    flags = ["predict", "--ckpt", checkpoint, str(pictures / "a.png"), "--output", str(output)]
+    with pytest.raises(UserError, match=f"{name} would be lost. Choose another name, or add --overwrite"):
+        run(flags)
+    assert output.read_text() == "mine"
+    run([*flags, "--overwrite"])
+    assert "a.png" in output.read_text()
+
+
+@pytest.mark.parametrize("task, written", [("segment", "in/a_classes.png"), ("detect", "predictions.json")])
+def test_no_file_of_an_earlier_result_is_overwritten(tmp_path, task, written):
+    """It is said before a network is built."""
+    place = tmp_path / "out" / written.replace("in/", "")
+    place.parent.mkdir()
+    place.touch()
+    arguments = (["in/a.png"], ["in"], "x.ckpt", {"task": task}, str(tmp_path / "out"), "cpu", 0.5)
+    with pytest.raises(UserError, match=f"{place.name} would be lost. Choose another name, or add --overwrite"):
+        predict_dense(*arguments)
+    with pytest.raises(KeyError):  # the card of this test has nothing to build
+        predict_dense(*arguments, overwrite=True)
+
+
+def test_what_counts_as_an_image_is_said_from_the_list_of_readers(tmp_path, run_dir):
+    (tmp_path / "a.png").write_text("no image")
+    with pytest.raises(UserError, match="can be read: .*Give files of a format that Pillow reads: .*JPEG, .*TIFF"):
+        predict([str(tmp_path / "a.png")], str(run_dir / "checkpoints" / "last.ckpt"), output=str(tmp_path / "p.json"))

@@ -1,6 +1,7 @@
 """Pieces that blocks of several families share."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -126,13 +127,23 @@ class DepthwiseConv(nn.Conv2d):
     Args:
         dim: Channels.
         kernel_size: Side of the kernel, odd.
+        *adapter: Kernel size, stride and so on of ``nn.Conv2d``, whose arguments may be given instead: adapters (LoRA)
+            make their layers of the class that they adapt. Such a layer is any convolution of maps of this layout.
+        **settings: Further arguments of ``nn.Conv2d``.
     """
 
-    def __init__(self, dim: int, kernel_size: int, device=None, dtype=None) -> None:
-        super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, device=device, dtype=dtype)
-        self.exportable = built_for_export()
+    def __init__(self, dim: int, kernel_size: int, *adapter: Any, device=None, dtype=None, **settings: Any) -> None:
+        usual = not adapter and not settings
+        if usual:
+            same = dict(padding=kernel_size // 2, groups=dim)
+            super().__init__(dim, dim, kernel_size, device=device, dtype=dtype, **same)
+        else:
+            super().__init__(dim, kernel_size, *adapter, device=device, dtype=dtype, **settings)
+        self.usual, self.exportable = usual, built_for_export()
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.usual:
+            return self._conv_forward(x.permute(0, 3, 1, 2), self.weight, self.bias).permute(0, 2, 3, 1)
         return self.convolve(x, self.weight, self.bias)
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

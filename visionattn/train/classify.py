@@ -11,6 +11,7 @@ from torchmetrics import MeanMetric
 
 from visionattn.errors import UserError
 from visionattn.train.data.base import Data
+from visionattn.train.data.dense import DenseData
 from visionattn.train.data.sampling import IGNORED
 from visionattn.train.optim import warmup_cosine, warmup_poly
 from visionattn.train.task import Task
@@ -78,6 +79,8 @@ class Classification(Task):
         self.metrics = torch.nn.ModuleDict({name: MeanMetric() for name in ("loss", "acc1", "acc5")})
 
     def check(self, data: Data, splits: list[str]) -> None:
+        if isinstance(data, DenseData):
+            raise UserError(f"{type(data).__name__} has no class of each image: choose another --data, or --model")
         if self.mixup is not None and "train" in splits and data.batch_size % 2:
             raise UserError(f"Mixup pairs images up, but data.batch_size is {data.batch_size}: make it even")
 
@@ -96,29 +99,28 @@ class Classification(Task):
             images = images.contiguous(memory_format=torch.channels_last)
         return self.net(images)
 
-    def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
-        images, targets, unreadable = batch
+    def training_step(self, batch: tuple[Tensor, Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, targets, indices, unreadable = batch
         self.unreadable["train"] += int(unreadable.sum())
         smoothing = self.hparams.label_smoothing
         if self.mixup is not None and len(images) > 1:
             even = len(images) // 2 * 2  # Mixup pairs the images up
             images, targets = self.mixup(images[:even], targets[:even])
+            indices = indices[:even]
             smoothing = 0.0  # already in the mixed targets
         logits = self(images)
         loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
-        if not torch.isfinite(loss):
-            bad = int((~logits.isfinite().all(1)).sum()) or len(images)
-            self.require_finite(loss, batch_idx, f"{bad} of its {len(images)} images")
+        self.require_finite(loss, indices, batch_idx, ~logits.isfinite().all(1))
         self.log_loss(loss, len(images))
         return loss
 
-    def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
+    def validation_step(self, batch: tuple[Tensor, Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
         return self._evaluate(batch)
 
     def on_validation_epoch_end(self) -> None:
         self._report("val")
 
-    def test_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
+    def test_step(self, batch: tuple[Tensor, Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
         return self._evaluate(batch)
 
     def on_test_epoch_end(self) -> None:
@@ -127,9 +129,9 @@ class Classification(Task):
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self(batch[0]).softmax(-1)
 
-    def _evaluate(self, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    def _evaluate(self, batch: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
         """Count a batch in; returns its logits."""
-        images, targets, unreadable = batch
+        images, targets, _, unreadable = batch
         self.unreadable["eval"] += int(unreadable.sum())
         logits = self(images).float()
         # Entries that only pad the last batch carry weight 0, so any number of processes counts every image once.

@@ -1,6 +1,7 @@
 """The command line of ``train.py``: Lightning's, with one-line errors and no silent choices."""
 
 import importlib.resources
+import itertools
 import logging
 import math
 import os
@@ -39,9 +40,10 @@ from visionattn.train.dense.detect import Detection
 from visionattn.train.dense.segment import Segmentation
 from visionattn.train.failures import LostProcess, explained
 from visionattn.train.predict import add_arguments, predict
+from visionattn.train.processes import Voice, is_child
 from visionattn.train.progress import EpochLines, RunBar
 from visionattn.train.saving import SafeIO, newest, readable
-from visionattn.train.stopping import Interrupted, StopOnSignal, is_child, signals_taken, stopper
+from visionattn.train.stopping import Interrupted, StopOnSignal, signals_taken, stopper
 from visionattn.train.summary import Summary
 from visionattn.train.task import Task
 from visionattn.weights.card import CARD, ELSEWHERE, checked, run_settings
@@ -58,6 +60,15 @@ FREE_ON_RESUME = {"pretrained", "weights", "reset_head", "compile", "channels_la
 ARCHITECTURE = {"name", "model_args", "backbone_args", "head", "head_args", "detector", "detector_args"}
 # By what a checkpoint says about itself.
 TASKS = {None: Classification, "segment": Segmentation, "detect": Detection}
+
+# Of the trainer's settings that Lightning takes as they are.
+LEAST = {
+    "gradient_clip_val": 0,
+    "max_epochs": -1,
+    "max_steps": -1,
+    "check_val_every_n_epoch": 1,
+    "accumulate_grad_batches": 1,
+}
 
 _terminate_all = _ChildProcessObserver._terminate_all
 
@@ -99,6 +110,7 @@ class CLI(LightningCLI):
         parser.add_argument(
             "--out", type=str | None, default=None, help="Folder of the run; runs/MODEL-1, -2, ... if not given."
         )
+        parser.add_argument("--overwrite", action="store_true", help="Start in an --out that holds another run.")
         parser.set_defaults({"model": {"class_path": class_path(Classification)}})
         parser.link_arguments("model.init_args.name", "data.init_args.model")
         parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
@@ -201,6 +213,7 @@ class CLI(LightningCLI):
 
     checkpoint: dict[str, Any] | None = None
     trainer: pl.Trainer | None = None
+    voice: Voice | None = None  # of a run of several processes
     started, ended = 0.0, False
 
     def before_instantiate_classes(self) -> None:
@@ -235,8 +248,8 @@ class CLI(LightningCLI):
             kwargs["enable_progress_bar"] = wanted
             callbacks.append(RunBar() if wanted else EpochLines())
         kwargs["callbacks"] = callbacks
-        for name in ("gradient_clip_val", "max_epochs", "max_steps"):
-            value, least = config["trainer"].get(name), 0 if name == "gradient_clip_val" else -1
+        for name, least in LEAST.items():
+            value = config["trainer"].get(name)
             if value is not None and not least <= value < math.inf:
                 raise UserError(f"trainer.{name} is {value}: it must be at least {least}")
         try:
@@ -254,6 +267,9 @@ class CLI(LightningCLI):
             names = self._subcommand_method_arguments[subcommand]
             predict(**{name: self.config[subcommand][name] for name in names})
             return
+        if environment := getattr(self.trainer.strategy, "cluster_environment", None):
+            self.voice = Voice(environment)
+            self.voice.watch(self._end_orphan)
         try:
             super()._run_subcommand(subcommand)
         except Interrupted as stop:
@@ -263,11 +279,17 @@ class CLI(LightningCLI):
         except Exception as error:
             self.ended = True
             failure = explained(error)
-            if failure is None or not self.started:
+            lost = isinstance(failure, LostProcess)
+            if failure is None or not (self.started or lost):
                 raise
-            raise type(failure)(f"{failure}. {self._kept()}".replace("..", ".")) from error
+            failure = type(failure)(f"{failure}. {self._kept()}".replace("..", ".").strip())
+            if lost:
+                failure.told = self.voice is not None and not self.voice.claim()
+            raise failure from error
         finally:
             self._end_children()
+            if self.voice is not None:
+                self.voice.close()
         if stopper.noted:  # after the last step, where the rest is soon done
             raise Interrupted(stopper.noted)
 
@@ -287,13 +309,20 @@ class CLI(LightningCLI):
         """Say it when Lightning ends the run because a process of it has ended; it kills all without a word."""
 
         def terminate_all(watch: _ChildProcessObserver) -> None:
-            if not self.ended:
+            if not self.ended and self.voice.claim():
                 codes = [f"process {n} with status {c.returncode}" for n, c in enumerate(children(self.trainer), 1)]
                 ended = some(code for code in codes if not code.endswith("None"))
                 print(f"error: the run lost {ended}, so all were ended. {self._kept()}", file=sys.stderr, flush=True)
             _terminate_all(watch)
 
         _ChildProcessObserver._terminate_all = terminate_all
+
+    def _end_orphan(self) -> None:
+        """End this process, which waits for ever for the one that started it, and say so if no other one does."""
+        if self.voice.claim():
+            text = f"error: the first process of this run ended, so all were ended. {self._kept()}"
+            print(text, file=sys.stderr, flush=True)
+        os._exit(1)
 
     def _end_children(self) -> None:
         """Leave no process of the run behind: those that wait for one that ended would wait for ever."""
@@ -304,6 +333,7 @@ class CLI(LightningCLI):
                 child.kill()
 
     def before_fit(self) -> None:
+        self._require_free()
         self._check(["train", "val"])
         check_disk(self.trainer, self.model, self.out)
         averaged = "current_model_state" in (self.checkpoint or {})
@@ -315,6 +345,22 @@ class CLI(LightningCLI):
 
         self.started = time.time()
         self._watch_children()
+
+    def _require_free(self) -> None:
+        """Refuse a folder whose checkpoints would give way to those of this run, unless it goes on with them."""
+        config = self.config["fit"]
+        if config.get("overwrite") or config["trainer"].get("fast_dev_run"):
+            return
+        folder = Path(self.out, "checkpoints")
+        before = config.get("ckpt_path")
+        if before and Path(before).resolve().parent == folder.resolve():
+            return
+        if there := sorted(folder.glob("*.ckpt")):
+            name = next((path for path in there if path.name == "last.ckpt"), there[-1])
+            raise UserError(
+                f"--out {self.out} holds another run: go on with it by --ckpt_path {name}, choose another folder, or "
+                "write over it with --overwrite"
+            )
 
     def before_validate(self) -> None:
         self._require_weights()
@@ -352,10 +398,12 @@ class CLI(LightningCLI):
 
 
 def check_files(arguments: list[str]) -> None:
-    """Refuse configuration files that hold no settings, where the parser names neither the file nor the reason."""
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    """Refuse files that hold no settings, where the parser names neither the file nor the reason."""
+    for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
         name, equals, value = argument.partition("=")
         path = Path(value if equals else following)
+        if name == "--data" and path.exists() and path.suffix.lower() not in (".yaml", ".yml", ".json"):
+            raise UserError(f"--data {path}: that is a kind of data, such as Images; give yours by --data.root {path}")
         if name not in ("-c", "--config") or not path.is_file():
             continue
         try:
@@ -437,16 +485,17 @@ def run(args: list[str] | None = None) -> CLI:
 
 
 def children(trainer: pl.Trainer) -> list[subprocess.Popen]:
-    """The processes that this one started to train together with it."""
-    return getattr(trainer.strategy.launcher, "procs", [])
+    """The processes that this one started to train together with it; PyTorch ends those of a spawned run itself."""
+    started = getattr(trainer.strategy.launcher, "procs", [])
+    return [process for process in started if isinstance(process, subprocess.Popen)]
 
 
 def main(args: list[str] | None = None) -> None:
     """Run one command and end with a one-line error if the user can fix it."""
     try:
         run(args)
-    except LostProcess as error:  # one process of the run speaks for all
-        sys.exit(1 if is_child() else f"error: {error}")
+    except LostProcess as error:
+        sys.exit(1 if error.told else f"error: {error}")
     except UserError as error:
         sys.exit(f"error: {error}")
     except Interrupted as stop:

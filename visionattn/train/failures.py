@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors import SafetensorError
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from visionattn.errors import UserError, one_line
 
@@ -17,10 +18,17 @@ DISK = {
     for name in "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM ENOTDIR EISDIR EEXIST ENAMETOOLONG EIO ENFILE EMFILE".split()
 }
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "Gloo", "gloo", "heartbeat")
+GONE = "another process of this run ended, so this one cannot go on"
 
 
 class LostProcess(UserError):
-    """Another process of the run has ended, and this one cannot go on without it."""
+    """Another process of the run has ended, and this one cannot go on without it.
+
+    Attributes:
+        told: Whether another process has said so, or will.
+    """
+
+    told = False
 
 
 def explained(error: Exception) -> UserError | None:
@@ -28,18 +36,30 @@ def explained(error: Exception) -> UserError | None:
     for inner in chain(error):
         if isinstance(inner, UserError):  # maybe with the parser's own around it, or out of a process that loads data
             text = str(inner)
-            forwarded = "Original Traceback" in text
-            return UserError(text.strip().splitlines()[-1].split("UserError: ", 1)[-1]) if forwarded else inner
+            return UserError(forwarded(text)) if "Original Traceback" in text else inner
+        if isinstance(inner, ProcessRaisedException) and "UserError: " in (text := str(inner)):
+            return UserError(forwarded(text))
         if isinstance(inner, ImportError) and (missing := missing_package(inner)):
             return missing
     if isinstance(error, MisconfigurationException | torch.cuda.OutOfMemoryError):
         return UserError(one_line(error))
+    if isinstance(error, ProcessExitedException):
+        return LostProcess(GONE)
     text = one_line(error)
     if isinstance(error, OSError | MemoryError | RuntimeError | SafetensorError):
         return of_machine(error, text)
+    if isinstance(error, AssertionError) and text and raised_in(error, "timm", "torch"):
+        # What is asserted about an input or a name; a size is what --data.img_size and the model say.
+        advice = ". Change --data.img_size, or the model's by --model.model_args {img_size: ...}"
+        return UserError(text.rstrip(".") + (advice if "match model" in text else ""))
     if isinstance(error, ValueError | TypeError) and raised_in(error, "lightning"):
         return UserError(text)
     return None
+
+
+def forwarded(text: str) -> str:
+    """What an error said at the end of the traceback that another process sent."""
+    return text.strip().splitlines()[-1].split("UserError: ", 1)[-1]
 
 
 def of_machine(error: Exception, text: str) -> UserError | None:
@@ -62,7 +82,7 @@ def of_machine(error: Exception, text: str) -> UserError | None:
     if full:
         return UserError(f"cannot write: {full[0]}. {advice(errno.ENOSPC)}")
     if is_lost_process(error, text):
-        return LostProcess("another process of this run ended, so this one cannot go on")
+        return LostProcess(GONE)
     if isinstance(error, MemoryError) or "can't allocate memory" in text:
         return UserError(f"memory ran out ({text[:100]}): use smaller batches with --data.batch_size")
     if raised_in(error, "lightning"):

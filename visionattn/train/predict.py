@@ -20,7 +20,7 @@ from tqdm import tqdm
 import visionattn
 from visionattn.errors import UserError, one_line, some
 from visionattn.train.data import finder
-from visionattn.train.data.pictures import UnreadableImage, open_image
+from visionattn.train.data.pictures import UnreadableImage, formats, open_image
 from visionattn.weights.card import build, check_model_name, complete, read_card
 from visionattn.weights.errors import WeightsError
 from visionattn.weights.load import load_weights
@@ -29,7 +29,8 @@ from visionattn.weights.load import load_weights
 def add_arguments(parser: LightningArgumentParser) -> list[str]:
     """Add the arguments of :func:`predict` and return their names."""
     parser.add_argument("images", nargs="+", type=str, help="Image files, or folders of them.")
-    return ["images", *parser.add_function_arguments(predict, skip={"images"})]
+    parser.add_argument("--overwrite", action="store_true", help="Write --output even if it is there.")
+    return ["images", "overwrite", *parser.add_function_arguments(predict, skip={"images", "overwrite"})]
 
 
 def predict(
@@ -41,6 +42,7 @@ def predict(
     batch_size: int = 32,
     device: str = "auto",
     threshold: float = 0.5,
+    overwrite: bool = False,
 ) -> list[dict[str, Any]]:
     """Print the most likely classes of each image and write them to a file; draw what a segmenter or detector finds.
 
@@ -51,10 +53,11 @@ def predict(
         topk: Classes to name for each image.
         output: File to write, ``.json`` or ``.csv``; predictions.json if not given, or predictions-1.json and so on if
             that is there. Segmentation and detection write pictures and a JSON file into a folder instead, predictions
-            if not given.
+            if not given. What is there is not overwritten.
         batch_size: Images at a time, in classification.
         device: ``cpu``, ``cuda``, ...; ``auto`` takes a GPU if there is one.
         threshold: Least score of the objects that detection draws and writes.
+        overwrite: Let ``output`` take the place of what is there.
 
     Returns:
         One entry per readable image: its ``file`` and ``classes``, a list of ``label`` and ``probability``; for the
@@ -71,10 +74,12 @@ def predict(
         from visionattn.train.dense.predict import predict_dense
 
         output = output or free_output("predictions")
-        return predict_dense(find_images(images), images, ckpt, card, output, device, threshold)
+        return predict_dense(find_images(images), images, ckpt, card, output, device, threshold, overwrite)
     output = output or free_output("predictions.json")
     if Path(output).suffix not in (".json", ".csv"):
         raise UserError(f"cannot write {output}: choose a name that ends in .json or .csv")
+    if not overwrite:
+        require_free(output, [Path(output)])
     if topk < 1 or batch_size < 1:
         raise UserError("--topk and --batch_size must be at least 1")
     files = find_images(images)
@@ -98,7 +103,7 @@ def predict(
                     ]
                     results.append({"file": file, "classes": classes})
     if not results:
-        raise UserError(f"none of the {len(files)} images can be read: {some(bad)}. Give JPEG, PNG or WebP files")
+        raise UserError(f"none of the {len(files)} images can be read: {some(bad)}. {readable_formats()}")
     print_table(results)
     if right := accuracy(results, labels):
         print(right)
@@ -133,6 +138,16 @@ def free_output(name: str) -> str:
     return str(next(path for path in tries if not path.exists()))
 
 
+def require_free(output: str, files: Iterable[Path]) -> None:
+    """Refuse to write over any of ``files``, which are what ``output`` stands for.
+
+    Raises:
+        UserError: With those that are there.
+    """
+    if there := [file for file in files if os.path.lexists(file)]:
+        raise UserError(f"--output {output}: {some(there)} would be lost. Choose another name, or add --overwrite")
+
+
 def progress(steps: Sequence[Any]) -> Iterable[Any]:
     """``steps`` with a bar on a screen that can show one, if there is more than one."""
     return tqdm(steps, leave=False, disable=len(steps) < 2 or not sys.stderr.isatty(), dynamic_ncols=True)
@@ -156,6 +171,11 @@ def accuracy(results: list[dict[str, Any]], labels: list[str]) -> str:
         f", {100 * among / total:.2f} % among the first {len(guesses[0])}" if 1 < len(guesses[0]) < len(labels) else ""
     )
     return f"{right} of {total} are in the folder of their class: {100 * right / total:.2f} %{more}"
+
+
+def readable_formats() -> str:
+    """What counts as an image here, in a sentence."""
+    return f"Give files of a format that Pillow reads: {', '.join(sorted(formats()))}"
 
 
 def find_images(paths: list[str]) -> list[str]:

@@ -139,7 +139,10 @@ def newest(trainer: pl.Trainer, since: float) -> Path | None:
     Of those written together it is the last one, from which a run goes on.
     """
     savers = [callback for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint)]
-    known = [Path(p) for saver in savers for p in (*saver.best_k_models, saver.last_model_path, saver.best_model_path)]
+    names = {p for saver in savers for p in (*saver.best_k_models, saver.last_model_path, saver.best_model_path)}
+    known = [Path(name) for name in names if name]
+    # A process that had others train for it, as of the strategy ddp_spawn, was not told what they saved.
+    known = known or list(Path(trainer.default_root_dir, "checkpoints").glob("*.ckpt"))
     files = [path for path in known if path.is_file() and path.stat().st_mtime >= since]
     last = [path for path in files if path.name == "last.ckpt"]
     return max(last or files, key=lambda path: path.stat().st_mtime, default=None)

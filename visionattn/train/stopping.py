@@ -1,6 +1,5 @@
 """Stopping a run from outside: a signal ends it at the next place from which it can go on exactly."""
 
-import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -119,8 +118,3 @@ def largest(trainer: pl.Trainer, number: int) -> int:
     if trainer.world_size == 1:
         return number
     return int(trainer.strategy.reduce(torch.tensor(number, device=trainer.strategy.root_device), reduce_op="max"))
-
-
-def is_child() -> bool:
-    """Whether another process of the run on this machine started this one, and speaks for it."""
-    return int(os.environ.get("LOCAL_RANK", 0)) > 0 or int(os.environ.get("NODE_RANK", 0)) > 0

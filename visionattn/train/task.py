@@ -11,7 +11,7 @@ from timm.optim import list_optimizers
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from visionattn.errors import UserError, some
+from visionattn.errors import UserError, one_line, some
 from visionattn.train.data.base import Data
 from visionattn.train.data.sampling import global_seed, seed_random
 from visionattn.train.flops import training_flops
@@ -149,9 +149,13 @@ class Task(pl.LightningModule):
             batch = trainer.datamodule.batch_size * trainer.world_size * trainer.accumulate_grad_batches
             lr = p.lr * batch / p.lr_batch
             self.print(f"learning rate {p.lr:g} for a batch of {p.lr_batch} is {lr:g} for {batch}")
-        optimizer = create_optimizer(
-            self.net, p.optimizer, lr, p.weight_decay, p.layer_decay, **(p.optimizer_args or {})
-        )
+        given = p.optimizer_args or {}
+        try:
+            optimizer = create_optimizer(self.net, p.optimizer, lr, p.weight_decay, p.layer_decay, **given)
+        except (TypeError, ValueError) as error:
+            if not given:
+                raise
+            raise UserError(f"{p.optimizer} does not take model.optimizer_args {given}: {one_line(error)}") from error
         schedule = self.schedule(optimizer, lr)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"}}
 
@@ -217,13 +221,21 @@ class Task(pl.LightningModule):
         parameters = [name for name, p in self.net.named_parameters() if not p.isfinite().all()]
         return parameters + [name for name, b in self.net.named_buffers() if b.is_floating_point() and b.isnan().any()]
 
-    def require_finite(self, loss: Tensor, batch_idx: int, where: str, parts: dict[str, Tensor] | None = None) -> None:
-        """Stop if the loss of a training step is no number.
+    def require_finite(
+        self,
+        loss: Tensor,
+        indices: Tensor,
+        batch_idx: int,
+        bad: Tensor | None = None,
+        parts: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Stop with the names of the images if the loss of a training step is no number.
 
         Args:
             loss: The step's loss.
-            batch_idx: Which batch of the epoch it is of.
-            where: The images at fault, as far as they are known.
+            indices: Places of the batch's images in the data set. [B]
+            batch_idx: Which batch of the epoch it is.
+            bad: Which of the images have outputs that are no numbers, if that is known. [B]
             parts: What the loss consists of.
 
         Raises:
@@ -231,6 +243,9 @@ class Task(pl.LightningModule):
         """
         if torch.isfinite(loss):
             return
+        named = indices if bad is None or not bad.any() else indices[bad.to(indices.device)]
+        names = self.trainer.datamodule.image_names(named, training=True)
+        where = some(names, 16) if names else f"{len(named)} of its {len(indices)} images"
         values = ", ".join(f"{name} {float(value):g}" for name, value in (parts or {}).items())
         broken = self.broken()
         raise UserError(

@@ -5,10 +5,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from visionattn.errors import UserError, some
-from visionattn.train.data.sampling import EpochSampler, Samples, Stream, global_seed
+from visionattn.train.data.sampling import NOT_COUNTED, EpochSampler, Samples, Stream, global_seed
 
 
 class Data(pl.LightningDataModule):
@@ -39,6 +40,7 @@ class Data(pl.LightningDataModule):
             raise UserError(f"data.num_workers is {num_workers}: it must be 0 (load in the main process) or more")
         self.batch_size, self.num_workers = batch_size, num_workers
         self.eval_batch_size = eval_batch_size or batch_size
+        self.names: dict[bool, Callable[[int], str]] = {}
         self.resume_at = {"epoch": 0, "batch": 0}
 
     def dataset(self, split: str) -> tuple[Any, Callable[[int], str]]:
@@ -59,6 +61,10 @@ class Data(pl.LightningDataModule):
     def samples(self, dataset: Any, name: Callable[[int], str], training: bool) -> Samples:
         """The data set with seeded augmentation, and with unreadable images handled."""
         return Samples(dataset, name, training)
+
+    def image_names(self, indices: Tensor, training: bool) -> list[str]:
+        """The files of a batch's ``indices``, as far as they are known."""
+        return [self.names[training](index) for index in indices.tolist() if index != NOT_COUNTED]
 
     def collate(self, training: bool) -> Callable | None:
         """What makes a batch of entries; None for the usual stacking."""
@@ -102,6 +108,7 @@ class Data(pl.LightningDataModule):
         # Smaller sets than a batch are used whole; otherwise every step has the full batch, as schedules assume.
         full_batches = training and len(dataset) >= batch_size * world
         sampler = EpochSampler(dataset, world, rank, shuffle=training, seed=global_seed())
+        self.names[training] = name
         samples = self.samples(dataset, name, training)
         common["collate_fn"] = self.collate(training)
         return DataLoader(samples, sampler=sampler, drop_last=full_batches, **common)

@@ -7,10 +7,7 @@ import torch
 from torch import Tensor
 
 from visionattn.train.data.base import Data
-from visionattn.train.data.sampling import Samples
-
-NOT_COUNTED = -1
-"""Index of an entry that must not count: padding of the last batch, or an image that cannot be read."""
+from visionattn.train.data.sampling import NOT_COUNTED, Samples
 
 
 class DenseBatch(NamedTuple):
@@ -30,7 +27,7 @@ class DenseBatch(NamedTuple):
 
 
 class DenseSamples(Samples):
-    """Entries ``(image, target, index, unreadable)``.
+    """Entries of any target.
 
     Args:
         empty: Makes the target of an image [3, H, W] in which nothing counts.
@@ -60,20 +57,11 @@ def collate(entries: list[tuple], stack: bool) -> DenseBatch:
 
 
 class DenseData(Data):
-    """Base of the data modules of dense tasks; ``names`` says which file an index of a split is."""
-
-    def __init__(self, batch_size: int, eval_batch_size: int | None, num_workers: int) -> None:
-        super().__init__(batch_size, eval_batch_size, num_workers)
-        self.names: dict[bool, Callable[[int], str]] = {}
+    """Base of the data modules of dense tasks."""
 
     def empty(self, image: Tensor) -> Any:
         """The target of an image in which nothing counts."""
         raise NotImplementedError
 
     def samples(self, dataset: Any, name: Callable[[int], str], training: bool) -> Samples:
-        self.names[training] = name
         return DenseSamples(dataset, name, training, self.empty)
-
-    def image_names(self, indices: Tensor, training: bool) -> list[str]:
-        """The files of a batch's ``indices``."""
-        return [self.names[training](index) for index in indices.tolist() if index != NOT_COUNTED]

@@ -22,6 +22,8 @@ from visionattn.weights.card import check_model_name
 
 FOLDERS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "eval"), "test": ("test",)}
 
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+
 
 class Images(Data):
     """Images that ``timm.data.create_dataset`` reads; a folder holds ``train/CLASS/*.jpg`` and ``val/CLASS/*.jpg``.
@@ -29,7 +31,7 @@ class Images(Data):
     Size, normalisation, interpolation and crop follow the model's published ones unless given.
 
     Args:
-        root: Folder of the data set, or where a downloaded one is kept.
+        root: Folder of the data set, also of ``train.tar`` and ``val.tar``, or where a downloaded one is kept.
         dataset: Empty for an image folder, else a timm name: ``hfds/...``, ``wds/...``, ``tfds/...``, ``torch/...``.
         train_split: Name of the training split; folders also answer to "training".
         val_split: Name of the validation split; folders also answer to "validation", "valid" and "eval".
@@ -89,6 +91,7 @@ class Images(Data):
         super().__init__(batch_size, eval_batch_size, workers)
         if img_size is not None and img_size < 1:
             raise UserError(f"data.img_size is {img_size}: it must be at least 1")
+        self._require_sense(mean, std, interpolation, crop_pct, train_interpolation, scale)
         self.root, self.source, self.dataset_args = root, dataset, dataset_args or {}
         self.splits = {"train": train_split, "val": val_split, "test": test_split or self._test_split(val_split)}
         self.check_images, self.bad_images = check_images, bad_images
@@ -133,9 +136,16 @@ class Images(Data):
         return data, lambda index: f"{index} of {self.source} {self.splits[split]}"
 
     def origin(self, split: str) -> str:
+        if tar := self._tar(split):
+            return str(tar)
         return str(self._folder(split)) if self._is_folder else f"{self.source or self.root}, {self.splits[split]}"
 
     def check(self, splits: list[str]) -> None:
+        if len(splits) > 1 and not self.source and Path(self.root).is_file():
+            raise UserError(
+                f"{self.root} is one file, so that validation would see the training images: make a tar of each split, "
+                "train.tar and val.tar, and give the folder that they are in"
+            )
         for split in splits:
             data, name = self.dataset(split)
             if self._is_folder:
@@ -143,7 +153,9 @@ class Images(Data):
             if not hasattr(data, "__getitem__"):
                 continue
             read = data.read if isinstance(data, Decoded) else data.__getitem__
-            threads = 1 if Path(self.root).is_file() else 16  # which would move one another's place in a tar
+            threads = (
+                1 if Path(self.root).is_file() or self._tar(split) else 16
+            )  # which would move one another's place in a tar
             if bad := unreadable(read, spread(len(data), self.check_images), threads):
                 found = f"{len(bad)} unreadable images in {self.splits[split]}: {some(name(index) for index in bad)}"
                 first = f"(the first: {next(iter(bad.values()))})"
@@ -153,22 +165,60 @@ class Images(Data):
 
     @property
     def _is_folder(self) -> bool:
-        return not self.source and Path(self.root).is_dir()
+        return not self.source and Path(self.root).is_dir() and not self._tar("train") and not self._tar("val")
+
+    def _tar(self, split: str) -> Path | None:
+        """The file of a split in a folder of tars; None if there is none."""
+        if self.source:
+            return None
+        tars = (Path(self.root, f"{name}.tar") for name in self._names(split))
+        return next((tar for tar in tars if tar.is_file()), None)
+
+    def _names(self, split: str) -> tuple[str, ...]:
+        """What a split may be called in a folder, the name that was asked for first."""
+        name = self.splits[split]
+        return (name, *next((names for names in FOLDERS.values() if name in names), ()))
 
     @property
     def _is_torch_folder(self) -> bool:
         """Whether torchvision reads an image folder."""
         return self.source.lower() in ("torch/folder", "torch/image_folder")
 
+    @staticmethod
+    def _require_sense(
+        mean: list[float] | None,
+        std: list[float] | None,
+        interpolation: str | None,
+        crop_pct: float | None,
+        train_interpolation: str,
+        scale: tuple[float, float],
+    ) -> None:
+        """Refuse what timm would take and change in silence, or fail at."""
+        for name, values in (("mean", mean), ("std", std)):
+            if values is not None and (len(values) != 3 or name == "std" and min(values) <= 0):
+                above = ", greater than 0" if name == "std" else ""
+                raise UserError(f"data.{name} is {values}: give a number for each of the 3 channels{above}")
+        for name, value, more in (
+            ("interpolation", interpolation, ()),
+            ("train_interpolation", train_interpolation, ("random",)),
+        ):
+            if value is not None and value not in (known := (*INTERPOLATIONS, *more)):
+                raise UserError(f"data.{name} is {value!r}: it must be one of {', '.join(known)}")
+        if crop_pct is not None and not 0 < crop_pct <= 1:
+            raise UserError(f"data.crop_pct is {crop_pct}: it must be greater than 0 and at most 1")
+        if not 0 < scale[0] <= scale[1] <= 1:
+            raise UserError(f"data.scale is {list(scale)}: give two shares, the smaller one first, from above 0 to 1")
+
     def _test_split(self, val_split: str) -> str:
         """What is tested on if nobody says: the test folder if there is one."""
-        has_folders = self._is_folder or self._is_torch_folder
-        return next((name for name in FOLDERS["test"] if has_folders and Path(self.root, name).is_dir()), val_split)
+        if self.source and not self._is_torch_folder:
+            return val_split
+        there = (path for name in FOLDERS["test"] for path in (Path(self.root, name), Path(self.root, f"{name}.tar")))
+        return next((path.stem for path in there if path.exists()), val_split)
 
     def _folder(self, split: str) -> Path:
         name = self.splits[split]
-        kin = next((names for names in FOLDERS.values() if name in names), (name,))
-        for candidate in (name, *kin):
+        for candidate in self._names(split):
             if (folder := Path(self.root, candidate)).is_dir():
                 return folder
         raise UserError(
@@ -182,10 +232,13 @@ class Images(Data):
                 raise UserError("no data: give the image folder with --data.root")
             if not Path(self.root).exists():
                 raise UserError(f"no such data folder: {self.root}. Give an existing one with --data.root")
+            if Path(self.root).is_file() and Path(self.root).suffix.lower() != ".tar":
+                raise UserError(f"{self.root} is no folder of images and no tar: give one of them with --data.root")
         if self._is_folder:
             has_train = any(Path(self.root, name).is_dir() for name in (self.splits["train"], *FOLDERS["train"]))
             return ClassFolders(self._folder("train" if has_train else "val"), kinds=self._kinds).class_to_idx
-        return class_index(self._create("train"))
+        tar = "val" if self._tar("val") and not self._tar("train") else "train"
+        return class_index(self._create(tar))
 
     @property
     def _kinds(self) -> list[str] | None:
@@ -204,11 +257,16 @@ class Images(Data):
 
     def _create(self, split: str) -> Any:
         """The data set as timm makes it."""
+        root = self.root
+        if Path(root).is_dir() and (self._tar("train") or self._tar("val")):
+            root = self._tar(split)
+            if root is None:
+                raise UserError(f"no {self.splits[split]}.tar in {self.root}, where the other splits are tars: add it")
         try:
             with all_images_in_tars():
                 data = create_dataset(
                     self.source,
-                    root=self.root or None,
+                    root=str(root) or None,
                     split=self.splits[split],
                     search_split=True,
                     is_training=split == "train",

@@ -22,6 +22,9 @@ from visionattn.errors import one_line
 IGNORED = -1
 """Target of an entry that must not count: padding of the last batch, or an image that cannot be read."""
 
+NOT_COUNTED = -1
+"""Index of an entry that must not count, or whose place in the data set is not known."""
+
 # What Pillow raises on damaged files; anything else is a bug and is not swallowed.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
@@ -103,7 +106,7 @@ class EpochSampler(DistributedSampler):
 class Samples(Dataset):
     """A map-style data set read by :class:`Key`: seeded augmentation, unreadable images named and replaced.
 
-    An entry is ``(image, target, unreadable)``. In training an unreadable image is replaced by the next readable
+    An entry is ``(image, target, index, unreadable)``. In training an unreadable image is replaced by the next readable
     one; otherwise the entry is blank and its target is ``IGNORED``, so that no image counts twice in a metric.
 
     Args:
@@ -136,11 +139,11 @@ class Samples(Dataset):
 
     def entry(self, image: torch.Tensor, target: Any, index: int, counts: bool, replaced: bool) -> tuple:
         """One entry of a batch."""
-        return image, int(target) if counts else IGNORED, int(replaced)
+        return image, int(target) if counts else IGNORED, index if counts else NOT_COUNTED, int(replaced)
 
     def blank(self, index: int, counts: bool) -> tuple:
         """The entry in place of an unreadable image that is not replaced."""
-        return torch.zeros_like(next(image for image in self._readable())), IGNORED, int(counts)
+        return torch.zeros_like(next(image for image in self._readable())), IGNORED, NOT_COUNTED, int(counts)
 
     def _report(self, index: int, error: Exception) -> None:
         if index not in self.reported:
@@ -165,8 +168,8 @@ class Stream(IterableDataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, int, int]]:
-        return ((image, int(target), 0) for image, target in self.dataset)
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, int, int, int]]:
+        return ((image, int(target), NOT_COUNTED, 0) for image, target in self.dataset)
 
     def set_epoch(self, epoch: int) -> None:
         self.dataset.set_epoch(epoch)

@@ -9,8 +9,6 @@ from functools import lru_cache
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits, load_sample_images
-from sklearn.model_selection import train_test_split
 
 from visionattn.errors import UserError
 from visionattn.train.data.sampling import global_seed
@@ -55,12 +53,17 @@ def mask_boxes(masks: np.ndarray) -> np.ndarray:
 @lru_cache(1)
 def photographs() -> list[Image.Image]:
     """The two photographs that come with scikit-learn, 427 x 640."""
+    from sklearn.datasets import load_sample_images  # scikit-learn takes half a second
+
     return [Image.fromarray(image) for image in load_sample_images().images]
 
 
 @lru_cache(2)
 def digits(split: str) -> tuple[np.ndarray, np.ndarray]:
     """8x8 digits and their labels; no digit is in both splits."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     data = load_digits()
     parts = train_test_split(data.images, data.target, test_size=0.2, stratify=data.target, random_state=0)
     return (parts[0], parts[2]) if split == "train" else (parts[1], parts[3])

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from visionattn.errors import UserError
 from visionattn.train.data.base import Data
-from visionattn.train.data.dense import NOT_COUNTED, DenseBatch
+from visionattn.train.data.dense import DenseBatch
 from visionattn.train.data.detection import DetectionData
 from visionattn.train.data.objects import mask_tools
+from visionattn.train.data.sampling import NOT_COUNTED
 from visionattn.train.dense.detector import Detector
 from visionattn.train.dense.task import DenseTask
 from visionattn.train.overlays import overlay_objects, side_by_side
@@ -82,7 +83,7 @@ class Detection(DenseTask):
         self.unreadable["train"] += int(batch.unreadable.sum())
         parts = self.net.losses(self._images(batch.images), batch.targets)
         loss = sum(parts.values())
-        self.require_finite_batch(loss, parts, batch, batch_idx, None)
+        self.require_finite(loss, batch.indices, batch_idx, parts=parts)
         self.log_loss(loss, len(batch.images))
         return loss
 

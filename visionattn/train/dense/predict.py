@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,21 @@ from visionattn.train.dense.detector import Detector
 from visionattn.train.dense.segment import inference
 from visionattn.train.dense.segmenter import Segmenter
 from visionattn.train.overlays import overlay_classes, overlay_objects, to_pil
+from visionattn.train.predict import readable_formats, require_free
 from visionattn.weights.load import load_weights
 
 NETS = {"segment": Segmenter, "detect": Detector}
 
 
 def predict_dense(
-    files: list[str], given: list[str], ckpt: str, card: dict[str, Any], output: str, device: str, threshold: float
+    files: list[str],
+    given: list[str],
+    ckpt: str,
+    card: dict[str, Any],
+    output: str,
+    device: str,
+    threshold: float,
+    overwrite: bool = False,
 ) -> list[dict[str, Any]]:
     """Write ``NAME_overlay.png`` for each image, and what the task found.
 
@@ -42,6 +51,7 @@ def predict_dense(
         output: Folder to write.
         device: Where to compute.
         threshold: Least score of an object.
+        overwrite: Write over files that are there.
 
     Returns:
         One entry per readable image: its ``file``, its ``overlay`` and, of a segmenter, ``classes`` (their shares) or,
@@ -55,10 +65,13 @@ def predict_dense(
         raise UserError(f"--output {output}: segmentation and detection write several files, so give a folder")
     if not 0 <= threshold <= 1:
         raise UserError(f"--threshold is {threshold}: it must be between 0 and 1")
+    places = free_places(files, given)
+    if not overwrite:
+        require_free(output, written(folder, places, card["task"]))
     net = NETS[card["task"]].from_card(card)
     load_weights(net, ckpt)
     net.eval().to(device)
-    places, results, bad, found = free_places(files, given), [], [], []
+    results, bad, found = [], [], []
     with torch.inference_mode():
         bar = tqdm(files, leave=False, disable=len(files) < 2 or not sys.stderr.isatty(), dynamic_ncols=True)
         for file, place in zip(bar, places, strict=True):
@@ -78,7 +91,7 @@ def predict_dense(
             to_pil(picture).save(overlay)
             results.append({"file": file, "overlay": overlay, **result})
     if not results:
-        raise UserError(f"none of the {len(files)} images can be read: {some(bad)}. Give JPEG, PNG or WebP files")
+        raise UserError(f"none of the {len(files)} images can be read: {some(bad)}. {readable_formats()}")
     content = results if card["task"] == "segment" else coco(found, card)
     (folder / "predictions.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
     for result in results[:20]:
@@ -101,6 +114,15 @@ def free_places(files: list[str], given: list[str]) -> list[str]:
         taken.add(place)
         places.append(place)
     return places
+
+
+def written(folder: Path, places: list[str], task: str) -> Iterator[Path]:
+    """All files that a call writes into ``folder``."""
+    yield folder / "predictions.json"
+    for place in places:
+        yield folder / f"{place}_overlay.png"
+        if task == "segment":
+            yield folder / f"{place}_classes.png"
 
 
 def describe(result: dict[str, Any]) -> str:

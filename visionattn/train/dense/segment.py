@@ -94,7 +94,7 @@ class Segmentation(DenseTask):
         if aux_logits is not None:
             parts["aux"] = aux * self._loss(aux_logits, targets)
         loss = sum(parts.values())
-        self.require_finite_batch(loss, parts, batch, batch_idx, ~logits.flatten(1).isfinite().all(1))
+        self.require_finite(loss, batch.indices, batch_idx, ~logits.flatten(1).isfinite().all(1), parts)
         self.log_loss(loss, len(batch.images))
         return loss
 

@@ -1,14 +1,13 @@
-"""What segmentation and detection share: weights to start from, schedules by step, and losses that name the image."""
+"""What segmentation and detection share: weights to start from, and schedules by step."""
 
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from visionattn.errors import UserError, some
+from visionattn.errors import UserError
 from visionattn.train.data.base import Data
-from visionattn.train.data.dense import DenseBatch, DenseData
+from visionattn.train.data.dense import DenseData
 from visionattn.train.dense.segmenter import DenseNet
 from visionattn.train.optim import warmup_cosine, warmup_poly, warmup_step_decay
 from visionattn.train.task import Task
@@ -91,20 +90,3 @@ class DenseTask(Task):
             return warmup_cosine(optimizer, warmup, steps, start, end)
         epoch = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
         return warmup_step_decay(optimizer, warmup, [round(n * epoch) for n in p.milestones], start)
-
-    def require_finite_batch(
-        self, loss: Tensor, parts: dict[str, Tensor], batch: DenseBatch, batch_idx: int, bad: Tensor | None
-    ) -> None:
-        """Stop with the names of the images if the loss is no number.
-
-        Args:
-            loss: The step's loss.
-            parts: What it consists of.
-            batch: Its images.
-            batch_idx: Which batch of the epoch it is.
-            bad: Which of them have outputs that are no numbers, if that is known. [B]
-        """
-        if not torch.isfinite(loss):
-            named = batch.indices if bad is None or not bad.any() else batch.indices[bad.cpu()]
-            names = self.trainer.datamodule.image_names(named, training=True)
-            self.require_finite(loss, batch_idx, some(names, 16), parts)
