@@ -105,7 +105,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x must be [..., C] with C = {weight.shape[1]} as in weight, got shape {tuple(x.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must be [O] with O = {weight.shape[0]} as in weight, got shape {tuple(bias.shape)}")
+        raise ValueError(f"bias must be [D] with D = {weight.shape[0]} as in weight, got shape {tuple(bias.shape)}")
     check_same(x, weight=weight, bias=bias)
 
 
