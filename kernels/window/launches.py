@@ -36,7 +36,8 @@ def launch_config(kernel: str, D: int, window: tuple[int, int], dtype: torch.dty
     """
     tokens = min(max(16, power_of_2(window[0] * window[1])), 64)
     if dtype.itemsize == 2:
-        step = tokens if D <= 32 or kernel in (FORWARD, GRAD_KEY) else min(tokens, 32)
+        whole = D <= 32 or kernel == GRAD_KEY or (kernel == FORWARD and not (hip and D > 64))
+        step = tokens if whole else min(tokens, 32)
         block = min(tokens, 32) if D > 64 and kernel == GRAD_BIAS else tokens
         many = D > 64 or (D > 32 and kernel == GRAD_KEY) or (tokens == 64 and kernel == BACKWARD)
         warps, stages = 8 if many and not hip else 4, 2  # a warp of AMD's has twice the threads

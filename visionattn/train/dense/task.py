@@ -3,6 +3,7 @@
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from visionattn.errors import UserError
