@@ -20,7 +20,7 @@ from visionattn.kernels.common.backend import BackendError, get_backend, set_bac
 from visionattn.kernels.common.layout import channels_last, crop_map, pad_map
 from visionattn.kernels.common.mode import autocast, autocasting, eager, exporting
 from visionattn.kernels.common.precision import precise
-from visionattn.kernels.common.tuning import get_tuning, set_tuning, use_tuning
+from visionattn.kernels.common.tuning import get_tuning, set_tuning, tuned, use_tuning
 from visionattn.kernels.dense import linear, linear_gelu
 from visionattn.kernels.depthwise import depthwise_conv2d
 from visionattn.kernels.flow import flow_attention
@@ -58,6 +58,7 @@ __all__ = [
     "rotary_tables",
     "set_backend",
     "set_tuning",
+    "tuned",
     "use_backend",
     "use_tuning",
     "weighted_rows",

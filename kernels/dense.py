@@ -76,7 +76,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     """
     if _trained(x, weight) or not _covers(x, weight, bias) or not eager(x):
         return F.gelu(linear(x, weight, bias))
-    form = _library(x, weight, "inference with GELU")
+    form = _library(x, weight, "inference+gelu")
     if form == "onednn":
         return _pointwise(x, weight, bias, "gelu", [], "none")
     return torch.ops.aten.gelu_(FORMS[form](x, weight, bias))
@@ -162,7 +162,7 @@ def _library(x: Tensor, weight: Tensor, use: str) -> str:
     Args:
         x: [..., C]
         weight: [D, C]
-        use: ``"inference"``, ``"inference with GELU"``, ``"training"`` (the product and its gradients) or
+        use: ``"inference"``, ``"inference+gelu"``, ``"training"`` (the product and its gradients) or
             ``"gradients"`` (of a compiled graph).
     """
     D, C = weight.shape
@@ -190,7 +190,7 @@ def _trial(bits: int, even: int, C: int, D: int, use: str) -> dict[str, Callable
     weight, bias = torch.full((D, C), 0.5), torch.zeros(D)
     if use == "inference":
         return {name: torch.no_grad()(partial(form, x, weight, bias)) for name, form in FORMS.items()}
-    if use == "inference with GELU":
+    if use == "inference+gelu":
         calls = {name: (lambda form=form: torch.ops.aten.gelu_(form(x, weight, bias))) for name, form in FORMS.items()}
         if "onednn" in calls:
             calls["onednn"] = partial(_pointwise, x, weight, bias, "gelu", [], "none")
@@ -204,7 +204,8 @@ def _trial(bits: int, even: int, C: int, D: int, use: str) -> dict[str, Callable
     return {name: (lambda form=form: torch.autograd.grad(form(*leaves), leaves, grad)) for name, form in forms.items()}
 
 
-LIBRARY = Choice("dense product", ("mkl", "convolution", "onednn"), _expected, _trial)
+FIELDS = ("bits of positions", "multiple of 16", "C", "D", "use")
+LIBRARY = Choice("dense product", ("mkl", "convolution", "onednn"), FIELDS, _expected, _trial)
 
 
 @torch.library.custom_op("visionattn::linear", mutates_args=())

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from visionattn.kernels.common.machine import machine
 
-__all__ = ["file", "recall", "remember", "write"]
+__all__ = ["everything", "file", "recall", "remember", "write"]
 
 FOLDER_VARIABLE = "VISIONATTN_TUNE_DIR"
 LARGEST = 8 * 2**20  # bytes of a file that is read
@@ -37,13 +37,18 @@ def file() -> Path:
     return Path(folder) / f"{hashlib.sha256(json.dumps(machine(), sort_keys=True).encode()).hexdigest()[:16]}.json"
 
 
-def recall(choice: str, key: tuple) -> tuple[str, dict[str, float]] | None:
-    """The form that was chosen, and the milliseconds of each; None if nothing is known."""
+def everything() -> dict[str, dict[str, tuple[str, dict[str, float]]]]:
+    """By choice and key, as a text of numbers and words, the form that was chosen and the milliseconds of each."""
     global _known
     if _known is None:
         _known = _read()
         atexit.register(write)
-    return _known.get(choice, {}).get(_text(key))
+    return _known
+
+
+def recall(choice: str, key: tuple) -> tuple[str, dict[str, float]] | None:
+    """The form that was chosen, and the milliseconds of each; None if nothing is known."""
+    return everything().get(choice, {}).get(_text(key))
 
 
 def remember(choice: str, key: tuple, form: str, ms: dict[str, float]) -> None:

@@ -24,8 +24,9 @@ from dataclasses import dataclass
 import torch
 
 from visionattn.kernels.common import remembered
+from visionattn.kernels.common.machine import machine
 
-__all__ = ["CHOICES", "Choice", "Decision", "get_tuning", "set_tuning", "use_tuning"]
+__all__ = ["CHOICES", "Choice", "Decision", "get_tuning", "set_tuning", "tuned", "use_tuning"]
 
 ENVIRONMENT_VARIABLE = "VISIONATTN_TUNE"
 MODES = ("off", "lazy", "full")
@@ -111,6 +112,7 @@ class Choice:
     Args:
         name: What is chosen, for the report and the disk.
         forms: Names of the forms.
+        fields: Names of what a key consists of, for the report.
         expected: From the number of threads and the key, the form that runs where nothing was timed.
         trial: From the key, a call for each form that can run it, on data made for it; few MB and some ms each.
     """
@@ -119,10 +121,12 @@ class Choice:
         self,
         name: str,
         forms: Sequence[str],
+        fields: Sequence[str],
         expected: Callable[..., str],
         trial: Callable[..., dict[str, Callable[[], object]]],
     ) -> None:
-        self.name, self.forms, self.expected, self.trial = name, tuple(forms), expected, trial
+        self.name, self.forms, self.fields = name, tuple(forms), tuple(fields)
+        self.expected, self.trial = expected, trial
         self.decisions: dict[Key, Decision] = {}
         self._found: dict[Key, str] = {}
         CHOICES[name] = self
@@ -159,6 +163,23 @@ class Choice:
         self.decisions[key] = decision
         self._found[key] = decision.form
         return decision.form
+
+
+def tuned() -> tuple[dict[str, str], list[tuple[str, int, str, str, dict[str, float]]]]:
+    """What has been timed on this machine, now or earlier.
+
+    Returns:
+        The machine (processor, capability, versions), and for each kind of shape the choice, the number of threads,
+        what tells the kind apart, the form that runs, and the milliseconds of all forms.
+    """
+    rows = []
+    for name, decisions in sorted(remembered.everything().items()):
+        for key, (form, ms) in decisions.items():
+            threads, *values = key.split(" ")
+            fields = CHOICES[name].fields if name in CHOICES else ()
+            named = zip(fields, values, strict=True) if len(fields) == len(values) else enumerate(values)
+            rows.append((name, int(threads), ", ".join(f"{field} {value}" for field, value in named), form, ms))
+    return machine(), rows
 
 
 def _timed(choice: Choice, key: Key, expected: Decision, mode: str) -> Decision:

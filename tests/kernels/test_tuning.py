@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from visionattn.kernels import get_tuning, linear, set_tuning, use_tuning
+from visionattn.kernels import get_tuning, linear, set_tuning, tuned, use_tuning
 from visionattn.kernels.common import remembered, tuning
 from visionattn.kernels.common.tuning import CHOICES, Choice
 
@@ -59,7 +59,7 @@ def slow_and_quick(seen=None):
             seen.append(key)
         return {"slow": clock.form(0.002), "quick": clock.form(0.001)}
 
-    return Choice("test", ("slow", "quick"), lambda threads, *key: "slow", trial)
+    return Choice("test", ("slow", "quick"), ("size", "use"), lambda threads, *key: "slow", trial)
 
 
 def test_the_faster_form_is_chosen_once_and_then_looked_up():
@@ -73,7 +73,7 @@ def test_the_faster_form_is_chosen_once_and_then_looked_up():
 
 def test_within_the_noise_the_expected_form_stays():
     calls = {"one": clock.form(0.001), "other": clock.form(0.00098)}
-    assert Choice("test", ("one", "other"), lambda *key: "one", lambda *key: dict(calls)).pick(1) == "one"
+    assert Choice("test", ("one", "other"), (), lambda *key: "one", lambda *key: dict(calls)).pick(1) == "one"
 
 
 def test_another_number_of_threads_is_another_kind():
@@ -169,7 +169,7 @@ def test_two_processes_keep_what_the_other_wrote(own_cache):
 def test_no_more_time_is_taken_than_was_granted():
     seen = []
     calls = {"slow": clock.form(0.2), "quick": clock.form(0.1)}
-    choice = Choice("test", tuple(calls), lambda *key: "slow", lambda *key: seen.append(key) or dict(calls))
+    choice = Choice("test", tuple(calls), (), lambda *key: "slow", lambda *key: seen.append(key) or dict(calls))
     picked = [choice.pick(kind) for kind in range(10)]  # each is run three times: once to warm up, twice by the clock
     assert picked == ["quick"] * 3 + ["slow"] * 7 and len(seen) == 3
 
@@ -187,9 +187,9 @@ def test_a_form_that_fails_is_out_of_the_race():
         raise RuntimeError("no such kernel on this processor")
 
     calls = {"slow": clock.form(0.002), "quick": clock.form(0.001), "broken": broken}
-    choice = Choice("test", tuple(calls), lambda *key: "broken", lambda *key: dict(calls))
+    choice = Choice("test", tuple(calls), (), lambda *key: "broken", lambda *key: dict(calls))
     assert choice.pick(1) == "quick"
-    nothing = Choice("nothing", ("broken",), lambda *key: "broken", lambda *key: {"broken": broken})
+    nothing = Choice("nothing", ("broken",), (), lambda *key: "broken", lambda *key: {"broken": broken})
     assert nothing.pick(1) == "broken"
 
 
@@ -222,7 +222,7 @@ def test_checkpointed_blocks_may_decide_in_their_first_pass():
     assert x.grad is not None
 
 
-@pytest.mark.parametrize("use", ["inference", "inference with GELU", "training", "gradients"])
+@pytest.mark.parametrize("use", ["inference", "inference+gelu", "training", "gradients"])
 @pytest.mark.parametrize("even", [0, 1])
 def test_the_forms_of_the_dense_product_can_be_timed(even, use):
     calls = CHOICES["dense product"].trial(8, even, 24, 40, use)
@@ -243,3 +243,10 @@ def test_the_mode_of_a_block_ends_with_it():
     with use_tuning("off"):
         assert get_tuning() == "off"
     assert get_tuning() == "lazy"
+
+
+def test_what_was_timed_can_be_told():
+    slow_and_quick().pick(7, "a")
+    machine, rows = tuned()
+    assert machine["torch"] == torch.__version__ and machine["capability"]
+    assert rows == [("test", torch.get_num_threads(), "size 7, use a", "quick", {"slow": 2.0, "quick": 1.0})]

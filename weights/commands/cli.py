@@ -1,4 +1,4 @@
-"""``visionattn weights list|show|download|verify|translate|add|push|count|table``.
+"""``visionattn weights list|show|download|verify|translate|add|push|count|table``, and ``visionattn tune``.
 
 What needs PyTorch is imported by the command that does: the list is there in a moment.
 """
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from visionattn.errors import amount, one_line
+from visionattn.tune import TuneError, tune
 from visionattn.weights import checkpoints, link
 from visionattn.weights.commands.table import COLUMNS, cells, find, markdown
 from visionattn.weights.errors import WeightsError
@@ -206,7 +207,11 @@ def table(out: str | None = None) -> None:
 COMMANDS = {"list": show_list, **{f.__name__: f for f in (show, download, verify, translate, add, push, count, table)}}
 OLD_NAMES = {"convert": "translate"}  # scripts may have them; convert means surgery on a model elsewhere
 # Positional arguments that are not one required value each.
-POSITIONAL = {"names": dict(nargs="+", type=str), "pattern": dict(nargs="?", type=str, default="*")}
+POSITIONAL = {
+    "names": dict(nargs="+", type=str, help="Checkpoints, as the list has them; * and ? for anything."),
+    "pattern": dict(nargs="?", type=str, default="*", help="Checkpoints, as the list has them; * and ? for anything."),
+    "models": dict(nargs="*", type=str, default=[], help="Names that timm knows; none: show what is known."),
+}
 
 
 def make_parser():
@@ -217,19 +222,24 @@ def make_parser():
         def error(self, message, ex=None):
             sys.exit(f"error: {one_line(message)}. The option --help lists what is accepted")
 
-    top = Parser(prog="visionattn", description="Efficient-attention vision backbones.")
-    weights = Parser(description="Find, download, verify, translate and publish weights.")
-    top.add_subcommands().add_subcommand("weights", weights, help="Find, download, verify, translate, publish weights.")
-    commands = weights.add_subcommands()
-    for name, function in COMMANDS.items():
+    def add(commands, name, function):
         summary = function.__doc__.split("\n")[0]
         parser = Parser(description=summary)
         own = [key for key in POSITIONAL if key in inspect.signature(function).parameters]
         for key in own:
-            parser.add_argument(key, **POSITIONAL[key], help="Checkpoints, as the list has them; * and ? for anything.")
+            parser.add_argument(key, **POSITIONAL[key])
         parser.add_function_arguments(function, as_group=False, as_positional=True, skip=set(own))
         aliases = [old for old, new in OLD_NAMES.items() if new == name]
         commands.add_subcommand(name, parser, help=summary, aliases=aliases)
+
+    top = Parser(prog="visionattn", description="Efficient-attention vision backbones.")
+    weights = Parser(description="Find, download, verify, translate and publish weights.")
+    groups = top.add_subcommands()
+    groups.add_subcommand("weights", weights, help="Find, download, verify, translate, publish weights.")
+    commands = weights.add_subcommands()
+    for name, function in COMMANDS.items():
+        add(commands, name, function)
+    add(groups, "tune", tune)
     return top
 
 
@@ -256,11 +266,15 @@ def main(args: list[str] | None = None) -> None:
         parser = make_parser()
     except ImportError:
         sys.exit("error: the command line needs jsonargparse: pip install 'visionattn[cli]'")
-    config = parser.parse_args(args)["weights"]
-    command = config["subcommand"]
+    config = parser.parse_args(args)
+    group = config["subcommand"]
+    command = config[group].get("subcommand")
     try:
-        COMMANDS[OLD_NAMES.get(command, command)](**config[command].as_dict())
-    except WeightsError as error:
+        if group == "tune":
+            tune(**config[group].as_dict())
+        else:
+            COMMANDS[OLD_NAMES.get(command, command)](**config[group][command].as_dict())
+    except (WeightsError, TuneError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted")
