@@ -29,6 +29,7 @@ from visionattn.kernels.common.tuning import Choice
 __all__ = ["linear", "linear_gelu"]
 
 ONEDNN = torch.backends.mkldnn.is_available()
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -174,12 +175,14 @@ def _library(x: Tensor, weight: Tensor, use: str) -> str:
 
 
 def _expected(threads: int, bits: int, even: int, C: int, D: int, use: str) -> str:
-    # Times over MKL's, PyTorch 2.14 on an AMD EPYC, one thread. oneDNN's product: 0.8 to 1.0 with AVX-512, 0.85 to 0.9
+    # Times over MKL's on an AMD EPYC, one thread, PyTorch 2.14. oneDNN's product: 0.8 to 1.0 with AVX-512, 0.85 to 0.9
     # with GELU; 0.9 to 1.05 with AVX2, 1.0 to 1.2 with GELU. Convolutions with their gradients: 0.95 to 1.2 with
-    # AVX-512, 1.2 to 1.7 with AVX2; it was 0.5 to 0.8 with PyTorch 2.15 and AVX-512.
+    # AVX-512, 1.2 to 1.7 with AVX2; with PyTorch 2.15 and AVX-512 it was 0.5 to 0.8.
     if not capability().startswith("AVX512"):
         return "mkl"
-    return "onednn" if use.startswith("inference") and "onednn" in FORMS else "convolution"
+    if use.startswith("inference") and "onednn" in FORMS:
+        return "onednn"
+    return "convolution" if TORCH >= (2, 15) else "mkl"
 
 
 def _trial(bits: int, even: int, C: int, D: int, use: str) -> dict[str, Callable[[], object]]:

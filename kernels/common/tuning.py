@@ -6,8 +6,8 @@ numbers) is seen or disturbed; from then on a choice costs one look into a dicti
 
 ``VISIONATTN_TUNE`` says how much time that may take:
 
-    lazy    the default: at most 50 ms a choice and 2 s a process; what is left open runs in the form that is expected
-            to be the fastest for the processor's instructions, until a later process times it
+    lazy    the default: some 20 ms a choice and 2 s a process; what is left open runs in the form that was the best for
+            what has been timed of its kind, until a later process times it, too
     full    ten times as long a choice, and no limit of the whole
     off     nothing is timed nor read from the disk: the expected form, the same on all processors of one capability
 """
@@ -30,7 +30,7 @@ __all__ = ["CHOICES", "Choice", "Decision", "get_tuning", "set_tuning", "tuned",
 
 ENVIRONMENT_VARIABLE = "VISIONATTN_TUNE"
 MODES = ("off", "lazy", "full")
-SECONDS = {"lazy": 0.05, "full": 0.5}  # a choice
+SECONDS = {"lazy": 0.02, "full": 0.3}  # a choice, beyond the first call of each form and two rounds
 TOTAL = 2.0  # seconds a process, of lazy
 ROUNDS = {"lazy": 12, "full": 50}
 # What is expected has to be beaten by so much: within the noise nothing is gained by a change.
@@ -51,7 +51,8 @@ class Decision:
 
     Attributes:
         form: Name of the form.
-        reason: ``"expected"`` (not timed), ``"timed"`` (in this process) or ``"remembered"`` (from the disk).
+        reason: ``"timed"`` (in this process), ``"remembered"`` (from the disk), ``"similar"`` (the best for what was
+            timed of the same use) or ``"expected"`` (of the processor's instructions).
         ms: Milliseconds of each form, if it was timed.
     """
 
@@ -112,7 +113,7 @@ class Choice:
     Args:
         name: What is chosen, for the report and the disk.
         forms: Names of the forms.
-        fields: Names of what a key consists of, for the report.
+        fields: Names of what a key consists of, for the report; the last one tells different uses apart.
         expected: From the number of threads and the key, the form that runs where nothing was timed.
         trial: From the key, a call for each form that can run it, on data made for it; few MB and some ms each.
     """
@@ -160,9 +161,22 @@ class Choice:
                     decision = _timed(self, key, decision, mode)
                 finally:
                     _measuring.release()
+            else:
+                decision = self._similar(key) or decision
         self.decisions[key] = decision
         self._found[key] = decision.form
         return decision.form
+
+    def _similar(self, key: Key) -> Decision | None:
+        """The form that has the least time, relative to the best, over all that was timed of a use."""
+        lost: dict[str, list[float]] = {}
+        for other, decision in self.decisions.items():
+            if (other[0], other[-1]) == (key[0], key[-1]):
+                for form, ms in decision.ms.items():
+                    lost.setdefault(form, []).append(ms / min(decision.ms.values()))
+        if not lost:
+            return None
+        return Decision(min(lost, key=lambda form: sum(lost[form]) / len(lost[form])), "similar", {})
 
 
 def tuned() -> tuple[dict[str, str], list[tuple[str, int, str, str, dict[str, float]]]]:

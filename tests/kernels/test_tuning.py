@@ -167,11 +167,14 @@ def test_two_processes_keep_what_the_other_wrote(own_cache):
 
 
 def test_no_more_time_is_taken_than_was_granted():
+    """What is left open then runs as what was timed of its use does."""
     seen = []
     calls = {"slow": clock.form(0.2), "quick": clock.form(0.1)}
     choice = Choice("test", tuple(calls), (), lambda *key: "slow", lambda *key: seen.append(key) or dict(calls))
-    picked = [choice.pick(kind) for kind in range(10)]  # each is run three times: once to warm up, twice by the clock
-    assert picked == ["quick"] * 3 + ["slow"] * 7 and len(seen) == 3
+    picked = [choice.pick(kind, "use") for kind in range(10)]  # three times each: to warm up, then by the clock
+    assert picked == ["quick"] * 10 and len(seen) == 3
+    assert choice.decisions[torch.get_num_threads(), 9, "use"].reason == "similar"
+    assert choice.pick(10, "another use") == "slow"
 
 
 def test_when_the_time_of_a_process_is_over_the_expected_form_runs(monkeypatch):
