@@ -88,7 +88,7 @@ class _AsLinear(type):
 
 @opaque  # which operator runs depends on the tensor
 class Linear(nn.Linear, metaclass=_AsLinear):
-    """``nn.Linear`` that float32 on a CPU runs in the library which is the fastest there, see ``kernels/dense.py``.
+    """``nn.Linear`` that float32 on a CPU runs in the library which is the fastest there, see ``kernels/dense``.
 
     As a class it equals ``nn.Linear``, so that ``quantize_dynamic(model, {nn.Linear})`` replaces it.
     """

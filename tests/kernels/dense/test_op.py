@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from visionattn.kernels import linear, linear_gelu, use_tuning
 from visionattn.kernels.common.tuning import CHOICES
+from visionattn.kernels.dense.cpu import FORMS
 
 SHAPES = [(2, 8, 5), (16, 3, 3, 5), (1, 7, 11, 5), (0, 4, 5), (3, 5), (2, 40, 5), (1, 197, 5), (3, 37, 5)]
 
@@ -38,7 +39,36 @@ def test_equals_f_linear_forward_and_gradients(shape, biased, threads):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("form", ["mkl", "convolution", "onednn"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_form_has_the_same_gradients(shape, biased, form, monkeypatch):
+    monkeypatch.setattr(CHOICES["dense product"], "pick", lambda *key: form)
+    for frozen in ((), (0,), (1,), (1, 2)):
+        x, weight, bias = tensors(*shape)
+        inputs = (x, weight, bias if biased else None)
+        for i in frozen:
+            if inputs[i] is not None:
+                inputs[i].requires_grad_(False)
+        expected = step(F.linear, inputs)
+        torch.testing.assert_close(step(linear, inputs), expected)
+        torch.testing.assert_close(step(torch.ops.visionattn.linear, inputs), expected)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_can_be_differentiated_twice(form, monkeypatch):
+    monkeypatch.setattr(CHOICES["dense product"], "pick", lambda *key: form)
+    inputs = tensors(2, 8, 5)
+
+    def penalty(function):
+        (grad,) = torch.autograd.grad(function(*inputs).sin().sum(), inputs[0], create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), inputs)
+
+    # Float32 rounds several sums, in another order in each library.
+    torch.testing.assert_close(penalty(linear), penalty(F.linear), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if len(shape) > 2], ids=str)
 def test_every_form_gives_the_same_in_inference(shape, biased, form, monkeypatch):
@@ -70,7 +100,7 @@ def test_gelu_of_the_product_has_gradients_and_transforms():
 @pytest.mark.parametrize("function", [linear, linear_gelu])
 def test_the_operations_are_counted_in_every_form(function, monkeypatch):
     x, weight, bias = tensors(2, 32, 24, grad=False)
-    for form in ("mkl", "convolution", "onednn"):
+    for form in FORMS:
         monkeypatch.setattr(CHOICES["dense product"], "pick", lambda *key, form=form: form)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             function(x, weight, bias)

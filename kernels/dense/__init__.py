@@ -1,0 +1,5 @@
+"""Linear map of the last axis."""
+
+from visionattn.kernels.dense.op import linear, linear_gelu
+
+__all__ = ["linear", "linear_gelu"]
