@@ -18,6 +18,7 @@ from visionattn.kernels.bilevel import bilevel_routing_attention
 from visionattn.kernels.common.attend import attend
 from visionattn.kernels.common.backend import BackendError, get_backend, set_backend, use_backend
 from visionattn.kernels.common.layout import channels_last, crop_map, pad_map
+from visionattn.kernels.common.machine import machine
 from visionattn.kernels.common.mode import autocast, autocasting, eager, exporting
 from visionattn.kernels.common.precision import precise
 from visionattn.kernels.common.tuning import get_tuning, set_tuning, tuned, use_tuning
@@ -51,6 +52,7 @@ __all__ = [
     "linear",
     "linear_attention",
     "linear_gelu",
+    "machine",
     "neighborhood_attention",
     "neighborhood_attention_export",
     "pad_map",

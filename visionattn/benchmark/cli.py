@@ -15,6 +15,7 @@ import timm
 import torch
 
 from visionattn.benchmark.converted import CONVERTED
+from visionattn.benchmark.families import FAMILIES, Grid, run_families
 from visionattn.benchmark.figures import draw_growth
 from visionattn.benchmark.layers import LAYERS, layer_case
 from visionattn.benchmark.measure import copy_bandwidth, one_line
@@ -111,6 +112,13 @@ def _build_parser() -> _Parser:
     models.add_argument("--features", action="store_true", help="the maps of features_only=True instead of logits")
     models.add_argument("--plot", type=Path, metavar="FILE", help="draw how the cost of one model grows with the image")
     models.add_argument("--amp", action="store_true", help="float32 weights under autocast to --dtype")
+    models.add_argument(
+        "--all-families",
+        type=Path,
+        metavar="FILE",
+        help="one small model of every family beside its authors' composition, at batch 1 and 8, with 1 and 2 threads, "
+        "with all instructions and with AVX2: ratios as JSON to FILE, a table beside it; goes on where it stopped",
+    )
     gpu = commands.add_parser("gpu", help="the fixed set for a GPU; writes JSON and Markdown")
     gpu.add_argument("--out", type=Path, default=Path("docs/benchmarks"), metavar="FOLDER")
     gpu.add_argument("--budget", type=_positive(float), default=270.0, help="seconds; sections after that are skipped")
@@ -314,6 +322,22 @@ def _run_gpu(args: argparse.Namespace, sections: Sequence[str]) -> int:
     return status
 
 
+def _run_families(args: argparse.Namespace, command: str) -> int:
+    if args.device != "cpu" or args.candidates or args.features or args.amp or args.dtype not in (None, "float32"):
+        raise ValueError("--all-families measures plain,ours in float32 on the CPU: leave out what says otherwise")
+    if not args.all_families.resolve().parent.is_dir():
+        raise ValueError(f"--all-families {args.all_families}: folder {args.all_families.parent} does not exist")
+    grid = Grid(
+        models=_known("model", args.names or FAMILIES, FAMILIES),
+        threads=(args.threads,) if args.threads else (1, 2),
+        batches=(args.batch,) if args.batch else (1, 8),
+        modes=_known("mode", _comma_list(args.mode), MODES),
+        clock=args.clock,
+        seconds=min(args.seconds, 3.0),
+    )
+    return run_families(grid, args.all_families, command)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status: 0, 1 (a check failed) or 2 (bad arguments)."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -321,6 +345,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.command == "gpu":
             return _run_gpu(args, GPU_SET)
+        if getattr(args, "all_families", None):
+            return _run_families(args, f"{PROGRAM} {shlex.join(argv)}")
         plan = _plan(args)
     except (ValueError, OSError, argparse.ArgumentTypeError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -15,7 +15,7 @@ import torch
 
 import visionattn
 from visionattn.benchmark.runner import Row
-from visionattn.kernels import get_backend
+from visionattn.kernels import get_backend, get_tuning, machine
 
 __all__ = ["Report", "describe", "format_header", "format_rows", "markdown_rows", "write_atomic"]
 
@@ -27,16 +27,6 @@ def _installed(package: str) -> str | None:
         return None
 
 
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
 def describe(
     command: str, device: torch.device, dtype: str, clock: str = "wall", bandwidth: float | None = None
 ) -> dict:
@@ -45,7 +35,10 @@ def describe(
         "command": command,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": device.type,
-        "cpu": _cpu_name(),
+        "cpu": machine()["cpu"],
+        "capability": machine()["capability"],
+        "onednn": machine()["onednn"],
+        "tuning": get_tuning(),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
@@ -80,7 +73,7 @@ def format_header(header: dict) -> str:
 
     lines = [
         f"$ {header['command']}",
-        line("device", "gpu", "cpu", "cpu_count", "threads", "dtype", "clock", "backend"),
+        line("device", "gpu", "cpu", "capability", "cpu_count", "threads", "dtype", "clock", "backend"),
         line("python", "torch", "timm", "triton", "visionattn", "cuda", "hip", "cudnn"),
     ]
     if header.get("load_average") is not None:
