@@ -7,6 +7,10 @@ import gc
 import os
 import sys
 
+# Threads that wait for others by spinning take most of a busy machine's time, those of the run itself included. OpenMP
+# reads this when PyTorch is imported; it changes no result.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 HELP = """\
 usage: {program} [-h] {{fit,validate,test,predict}} ...
 
@@ -29,9 +33,6 @@ def main(args: list[str] | None = None) -> None:
     if arguments in ([], ["-h"], ["--help"]):  # no reason to load all that a run needs
         print(HELP.format(program=os.path.basename(sys.argv[0])), end="", file=sys.stdout if arguments else sys.stderr)
         sys.exit(0 if arguments else 2)
-    # Threads that wait for others by spinning take most of a busy machine's time, those of the run itself included.
-    # OpenMP reads this when PyTorch is imported; it changes no result.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     gc.disable()  # what is imported stays: looking for garbage in it takes a fifth of the time
     from visionattn.train.cli import main as run
 

@@ -241,19 +241,6 @@ def test_a_folder_that_cannot_be_one_is_refused_before_training(fit, tmp_path, o
         fit(tmp_path / out)
 
 
-def test_a_folder_with_another_run_is_refused_but_for_going_on(run_dir, fit, tmp_path):
-    flags = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=1"]
-    before = last(run_dir).read_bytes()
-    for more in ([], [f"--ckpt_path={run_dir / 'every' / '1.ckpt'}"]):
-        with pytest.raises(UserError, match="--out .* holds another run: go on .*--ckpt_path .*last.ckpt.*--overwrite"):
-            fit(run_dir, *flags, *more)
-    assert last(run_dir).read_bytes() == before
-    last(tmp_path).parent.mkdir()
-    last(tmp_path).write_bytes(b"old")
-    fit(tmp_path, *flags, "--overwrite", ema=False)
-    assert torch.load(last(tmp_path), weights_only=True)["global_step"] == 1
-
-
 def test_a_lost_or_damaged_checkpoint_gives_way_to_the_newest_readable_one(run_dir, fit, tmp_path, capsys):
     fit(tmp_path, "--trainer.max_epochs=2")
     path = last(tmp_path)

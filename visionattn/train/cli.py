@@ -110,7 +110,6 @@ class CLI(LightningCLI):
         parser.add_argument(
             "--out", type=str | None, default=None, help="Folder of the run; runs/MODEL-1, -2, ... if not given."
         )
-        parser.add_argument("--overwrite", action="store_true", help="Start in an --out that holds another run.")
         parser.set_defaults({"model": {"class_path": class_path(Classification)}})
         parser.link_arguments("model.init_args.name", "data.init_args.model")
         parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
@@ -333,7 +332,6 @@ class CLI(LightningCLI):
                 child.kill()
 
     def before_fit(self) -> None:
-        self._require_free()
         self._check(["train", "val"])
         check_disk(self.trainer, self.model, self.out)
         averaged = "current_model_state" in (self.checkpoint or {})
@@ -345,22 +343,6 @@ class CLI(LightningCLI):
 
         self.started = time.time()
         self._watch_children()
-
-    def _require_free(self) -> None:
-        """Refuse a folder whose checkpoints would give way to those of this run, unless it goes on with them."""
-        config = self.config["fit"]
-        if config.get("overwrite") or config["trainer"].get("fast_dev_run"):
-            return
-        folder = Path(self.out, "checkpoints")
-        before = config.get("ckpt_path")
-        if before and Path(before).resolve().parent == folder.resolve():
-            return
-        if there := sorted(folder.glob("*.ckpt")):
-            name = next((path for path in there if path.name == "last.ckpt"), there[-1])
-            raise UserError(
-                f"--out {self.out} holds another run: go on with it by --ckpt_path {name}, choose another folder, or "
-                "write over it with --overwrite"
-            )
 
     def before_validate(self) -> None:
         self._require_weights()

@@ -36,7 +36,7 @@ def demo(out: str = "runs/demo", max_epochs: int | None = None) -> float:
     torch.set_num_threads(1)
     print(f"Training a small VAN on 1,437 handwritten digits, validating on 360. Everything goes to {out}.")
     epochs = [] if max_epochs is None else ["--trainer.max_epochs", str(max_epochs)]
-    cli = run(["fit", "-c", str(CONFIG), "--out", out, "--overwrite", *epochs])
+    cli = run(["fit", "-c", str(CONFIG), "--out", out, *epochs])
     checkpoint, folder = best_checkpoint(cli.trainer), Path(out)
     accuracy = float(cli.trainer.checkpoint_callback.best_model_score)
 

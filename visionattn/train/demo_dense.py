@@ -45,7 +45,7 @@ def demo(out: str = "runs/demo-dense", max_epochs: int | None = None) -> dict[st
         start, folder = time.perf_counter(), Path(out, task)
         print(f"\nTraining a small VAN to give {text} of generated scenes. Everything goes to {folder}.", flush=True)
         epochs = [] if max_epochs is None else ["--trainer.max_epochs", str(max_epochs)]
-        cli = run(["fit", "-c", str(CONFIGS / task / "van_scenes.yaml"), "--out", str(folder), "--overwrite", *epochs])
+        cli = run(["fit", "-c", str(CONFIGS / task / "van_scenes.yaml"), "--out", str(folder), *epochs])
         checkpoint = best_checkpoint(cli.trainer)
         best = run(["validate", "-c", str(CONFIGS / task / "van_scenes.yaml"), "--ckpt_path", checkpoint])
         scores[metric.removeprefix("val/")] = value = float(best.trainer.callback_metrics[metric])
