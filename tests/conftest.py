@@ -1,3 +1,4 @@
+import gc
 import os
 import subprocess
 from pathlib import Path
@@ -13,6 +14,12 @@ ROOT = Path(__file__).resolve().parent.parent
 # Small shapes gain nothing from many threads, and workers side by side would fight for the cores.
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
 torch.set_num_threads(max(1, min(2, os.cpu_count() or 1) // WORKERS))
+
+
+def pytest_collection_finish():
+    # Thousands of tests are millions of objects, through which every full collection would go: seconds each.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,9 @@ from tests.kernels.launch_lists import launched  # noqa: E402
 TARGETS = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 
 
+DEFAULT = ("sm_90", "gfx942")  # one of each maker; all of them are slow
+
+
 def compile_and_check(run_python, target, dtypes, extent):
     command = ("-m", "tests.kernels.aot_compile", target, dtypes, extent)
     rows = json.loads(run_python(*command, TRITON_INTERPRET=None))
@@ -21,7 +24,7 @@ def compile_and_check(run_python, target, dtypes, extent):
     assert not too_much and not spilling, "\n".join(map(str, too_much + spilling))
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", [pytest.param(t, marks=() if t in DEFAULT else pytest.mark.slow) for t in TARGETS])
 def test_typical_launches_compile_within_the_limits(run_python, target):
     compile_and_check(run_python, target, "bf16,fp32", "typical")
 

@@ -256,7 +256,7 @@ GREEDY = {
     "depth": dict(depth=4 * 10**7),
     "depths": dict(depths=[2, 2, 10**8, 2]),
     "width": dict(embed_dim=2**40),
-    "width and depth": dict(embed_dim=60_000, depth=1000, num_heads=1),
+    "width and depth": dict(embed_dim=60_000, depth=100, num_heads=1),
     "image": dict(img_size=10**9),
     "mlp": dict(mlp_ratio=1e12),
     "infinite": dict(mlp_ratio=float("inf")),
