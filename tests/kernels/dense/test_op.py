@@ -1,5 +1,7 @@
 """The linear map equals F.linear, eagerly and as the operator that compilers see."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -51,8 +53,10 @@ def test_every_form_has_the_same_gradients(shape, biased, form, monkeypatch):
             if inputs[i] is not None:
                 inputs[i].requires_grad_(False)
         expected = step(F.linear, inputs)
-        torch.testing.assert_close(step(linear, inputs), expected)
-        torch.testing.assert_close(step(torch.ops.visionattn.linear, inputs), expected)
+        # Sums over 197 positions, in another order in each library.
+        close = partial(torch.testing.assert_close, expected=expected, rtol=1e-4, atol=1e-4)
+        close(step(linear, inputs))
+        close(step(torch.ops.visionattn.linear, inputs))
 
 
 @pytest.mark.parametrize("form", FORMS)
