@@ -23,7 +23,7 @@ LAYERS = (
     {"frames"},
     {"hosts"},
     {"backbones"},
-    {"features", "natten", "convert"},
+    {"features", "natten", "convert", "tune"},
     {"train", "benchmark", "weights.commands", "__main__"},
 )
 
