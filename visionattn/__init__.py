@@ -3,9 +3,9 @@
 Importing the package registers every model with timm; it needs neither Lightning, Matplotlib nor Triton.
 
 The doors: ``features`` (maps for dense tasks), ``natten`` (for those who come from it), ``convert`` (mixers in models
-of timm), ``weights``, ``train`` and ``benchmark``. Behind them, each made of those before it: ``kernels`` (operators),
-``layers`` (building blocks), ``attention`` (one mechanism a file), ``frames`` (the contract of timm), ``hosts``
-(networks that take any mixer), ``backbones`` (one architecture a file).
+of timm), ``weights``, ``tune``, ``train`` and ``benchmark``. Behind them, each made of those before it: ``kernels``
+(operators), ``layers`` (building blocks), ``attention`` (one mechanism a file), ``frames`` (the contract of timm),
+``hosts`` (networks that take any mixer), ``backbones`` (one architecture a file).
 """
 
 import sys
