@@ -44,7 +44,7 @@ def tune(
             raise TuneError(f"{name} must be positive, got {min(values)}")
     before = torch.get_num_threads()
     try:
-        with use_tuning("full"):
+        with use_tuning("full", anew=bool(models)):
             for name in models:
                 for count in threads or (before,):
                     torch.set_num_threads(count)

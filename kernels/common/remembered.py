@@ -18,7 +18,7 @@ from pathlib import Path
 
 from visionattn.kernels.common.machine import machine
 
-__all__ = ["everything", "file", "recall", "remember", "write"]
+__all__ = ["everything", "file", "forget", "recall", "remember", "write"]
 
 FOLDER_VARIABLE = "VISIONATTN_TUNE_DIR"
 LARGEST = 8 * 2**20  # bytes of a file that is read
@@ -44,6 +44,11 @@ def everything() -> dict[str, dict[str, tuple[str, dict[str, float]]]]:
         _known = _read()
         atexit.register(write)
     return _known
+
+
+def forget() -> None:
+    """Know nothing of what was found before; what is found from now on replaces it in the file."""
+    everything().clear()
 
 
 def recall(choice: str, key: tuple) -> tuple[str, dict[str, float]] | None:

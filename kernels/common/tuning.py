@@ -8,7 +8,7 @@ numbers) is seen or disturbed; from then on a choice costs one look into a dicti
 
     lazy    the default: some 20 ms a choice and 2 s a process; what is left open runs in the form that was the best for
             what has been timed of its kind, until a later process times it, too
-    full    ten times as long a choice, and no limit of the whole
+    full    some 0.3 s a choice, and no limit of the whole
     off     nothing is timed nor read from the disk: the expected form, the same on all processors of one capability
 """
 
@@ -87,14 +87,17 @@ def set_tuning(mode: str | None) -> None:
 
 
 @contextmanager
-def use_tuning(mode: str | None) -> Iterator[None]:
+def use_tuning(mode: str | None, anew: bool = False) -> Iterator[None]:
     """Set how much is timed within a ``with`` block (process-wide, not per thread).
 
     Args:
         mode: As in :func:`set_tuning`.
+        anew: Also time what was found before, which the new times then replace.
     """
     before = _setting
     set_tuning(mode)
+    if anew:
+        remembered.forget()
     try:
         yield
     finally:

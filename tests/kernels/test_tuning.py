@@ -242,6 +242,16 @@ def test_unknown_modes_raise(monkeypatch):
         get_tuning()
 
 
+def test_what_was_found_before_is_timed_again_if_asked_for():
+    slow_and_quick().pick(1, "a")
+    fresh()
+    seen = []
+    choice = slow_and_quick(seen)
+    with use_tuning("full", anew=True):
+        assert choice.pick(1, "a") == "quick" and seen == [(1, "a")]
+        assert choice.pick(1, "a") == "quick" and len(seen) == 1
+
+
 def test_the_mode_of_a_block_ends_with_it():
     with use_tuning("off"):
         assert get_tuning() == "off"
