@@ -8,12 +8,15 @@ import subprocess
 import sys
 import threading
 import time
+import types
+from multiprocessing import connection
 from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
+from torch.utils.data import DataLoader, TensorDataset
 
 from visionattn.errors import UserError
 from visionattn.train import saving
@@ -358,6 +361,23 @@ def test_a_killed_worker_ends_in_one_line_and_its_step_is_kept(fit, tmp_path, mo
         UserError, match=r"process that loads images (was killed|ended).*--data.num_workers.* Saved step \d+"
     ):
         fit(tmp_path, "--trainer.max_epochs=400", "--data.num_workers=1")
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError, ConnectionRefusedError, EOFError, FileNotFoundError])
+def test_a_worker_killed_after_it_sent_word_of_a_batch_ends_in_the_same_line(error, monkeypatch):
+    """A batch's memory is fetched from the worker over a connection of its own, which a dead one no longer answers."""
+
+    def gone(*arguments, **options):
+        raise error("gone")
+
+    # Where multiprocessing opens that connection; its own code has to be the innermost.
+    own = types.FunctionType(gone.__code__, vars(connection), closure=gone.__closure__)
+    monkeypatch.setattr(connection, "SocketClient", own)
+    loader = DataLoader(TensorDataset(torch.ones(4, 2)), num_workers=1)
+    with pytest.raises(error) as caught:
+        list(loader)
+    assert re.match("a process that loads images ended.*--data.num_workers", str(explained(caught.value)))
+    assert explained(EOFError("elsewhere")) is None
 
 
 @pytest.mark.parametrize("logger, package", [("WandbLogger", "wandb"), ("MLFlowLogger", "mlflow")])

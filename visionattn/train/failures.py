@@ -4,6 +4,7 @@ import errno
 import re
 import traceback
 from collections.abc import Iterator
+from types import FrameType
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -46,6 +47,8 @@ def explained(error: Exception) -> UserError | None:
     if isinstance(error, ProcessExitedException):
         return LostProcess(GONE)
     text = one_line(error)
+    if isinstance(error, OSError | EOFError) and is_lost_loader(error):
+        return lost_loader("ended")
     if isinstance(error, OSError | MemoryError | RuntimeError | SafetensorError):
         return of_machine(error, text)
     if isinstance(error, AssertionError) and text and raised_in(error, "timm", "torch"):
@@ -67,10 +70,7 @@ def of_machine(error: Exception, text: str) -> UserError | None:
     if "DataLoader worker" in text and ("killed by signal" in text or "exited unexpectedly" in text):
         signal = re.search(r"killed by signal: (\w[\w ]*)", text)
         how = f"was killed ({signal[1].strip()})" if signal else "ended"
-        return UserError(
-            f"a process that loads images {how}, usually because memory ran out: use fewer with --data.num_workers, "
-            "or smaller batches"
-        )
+        return lost_loader(how)
     if "out of shared memory" in text or "unable to open shared memory object" in text or "/dev/shm" in text:
         return UserError("shared memory (/dev/shm) is full: enlarge it, or load images with --data.num_workers 0")
     if "No usable temporary directory" in text:
@@ -88,6 +88,25 @@ def of_machine(error: Exception, text: str) -> UserError | None:
     if raised_in(error, "lightning"):
         return UserError(text)
     return None
+
+
+def lost_loader(how: str) -> UserError:
+    """What to do when a process that loads images is gone."""
+    return UserError(
+        f"a process that loads images {how}, usually because memory ran out: use fewer with --data.num_workers, "
+        "or smaller batches"
+    )
+
+
+def is_lost_loader(error: Exception) -> bool:
+    """Whether a process that loads images was gone when the batch it had sent word of was fetched from it.
+
+    The loader finds a dead process when it waits for a batch. A tensor's memory is asked for after that, over a
+    connection of its own, and fails as a connection does.
+    """
+    return raised_in(error, "multiprocessing") and any(
+        module_of(frame) == "torch.utils.data.dataloader" for frame, _ in traceback.walk_tb(error.__traceback__)
+    )
 
 
 def is_lost_process(error: Exception, text: str) -> bool:
@@ -132,5 +151,10 @@ def chain(error: BaseException) -> Iterator[BaseException]:
 def raised_in(error: BaseException, *packages: str) -> bool:
     """Whether the innermost frame of an error's traceback is in one of the packages."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    module = frames[-1].f_globals.get("__name__", "") if frames else ""
+    module = module_of(frames[-1]) if frames else ""
     return any(module == package or module.startswith(f"{package}.") for package in packages)
+
+
+def module_of(frame: FrameType) -> str:
+    """The name of the module whose code a frame runs."""
+    return frame.f_globals.get("__name__", "")
