@@ -74,10 +74,6 @@ def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _positions(F.conv2d(_maps(x, samples, zeros), weight[:, :, None, None], bias), x)
 
 
-def _multiplied(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return _pointwise(x, weight, bias, "none", [], "")
-
-
 _pointwise = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
@@ -214,4 +210,4 @@ def _trial(bits: int, even: int, C: int, D: int, use: str) -> dict[str, Callable
 
 
 FIELDS = ("bits of positions", "multiple of 16", "C", "D", "use")
-FORM = Choice("dense product", ("mkl", "convolution", "onednn"), FIELDS, _expected, _trial)
+FORM = Choice("dense product", tuple(FORMS), FIELDS, _expected, _trial)

@@ -3,6 +3,7 @@
 import json
 import stat
 import threading
+import time as real_time
 
 import pytest
 import torch
@@ -19,6 +20,11 @@ class Clock:
 
     def perf_counter(self):
         return self.now
+
+    thread_time = perf_counter
+
+    def get_clock_info(self, name):
+        return real_time.get_clock_info(name)
 
     def form(self, seconds):
         def run():
@@ -74,6 +80,51 @@ def test_the_faster_form_is_chosen_once_and_then_looked_up():
 def test_within_the_noise_the_expected_form_stays():
     calls = {"one": clock.form(0.001), "other": clock.form(0.00098)}
     assert Choice("test", ("one", "other"), (), lambda *key: "one", lambda *key: dict(calls)).pick(1) == "one"
+
+
+def test_one_lucky_round_is_no_victory():
+    lucky = iter([0.002] * 2 + [0.0005] + [0.002] * 100)  # after the first call, the second round alone is quick
+
+    def sometimes():
+        clock.now += next(lucky)
+
+    calls = {"one": clock.form(0.001), "other": sometimes}
+    assert Choice("test", ("one", "other"), (), lambda *key: "one", lambda *key: dict(calls)).pick(1) == "one"
+
+
+def test_what_other_threads_do_is_not_counted_on_one_thread(monkeypatch):
+    """The wall clock jumps while one form runs, as on a busy machine; the thread's own does not."""
+    own = type("Own", (Clock,), {"thread_time": lambda self: self.mine, "mine": 0.0})()
+    monkeypatch.setattr(tuning, "time", own)
+
+    def form(wall, thread):
+        def run():
+            own.now, own.mine = own.now + wall, own.mine + thread
+
+        return run
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        calls = {"one": form(0.001, 0.001), "other": form(0.009, 0.0005)}
+        choice = Choice("test", ("one", "other"), (), lambda *key: "one", lambda *key: dict(calls))
+        assert choice.pick(1) == "other"
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_was_found_among_other_forms_is_timed_anew():
+    slow_and_quick().pick(1, "a")
+    remembered.write()
+    fresh()
+    seen = []
+
+    def trial(*key):
+        seen.append(key)
+        return {"slow": clock.form(0.002), "quick": clock.form(0.001), "new": clock.form(0.0005)}
+
+    choice = Choice("test", ("slow", "quick", "new"), ("size", "use"), lambda threads, *key: "slow", trial)
+    assert choice.pick(1, "a") == "new" and len(seen) == 1
 
 
 def test_another_number_of_threads_is_another_kind():

@@ -1,9 +1,11 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.testing import assert_close
 
 from visionattn.layers import blocks
-from visionattn.layers.blocks import Linear, ScaledResidual, in_slices
+from visionattn.layers.blocks import Linear, ScaledResidual, in_slices, resize_table
 
 
 class Recorder(nn.Module):
@@ -100,3 +102,20 @@ def test_slices_count_the_positions_of_maps_with_channels_last(monkeypatch):
     with torch.no_grad():
         in_slices(branch, torch.randn(5, 3, 4, 7), widest=16, channels=7)
     assert branch.batches == [2, 2, 1]
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(28, 29), (56, 41), (7, 130), (15, 9)])
+def test_a_table_is_resized_as_interpolation_does(mode, size):
+    """Far larger ones are stretched by matrix products; their gradients, in any dtype, are those of interpolation."""
+    table = torch.randn(3, 5, 7, 6, dtype=torch.float64, requires_grad=True)
+    assert_close(resize_table(table, *size, mode), F.interpolate(table, size, mode=mode))
+    grad = torch.randn(3, 5, *size, dtype=torch.float64)
+    ours, theirs = (
+        torch.autograd.grad(f(), table, grad)[0]
+        for f in (lambda: resize_table(table, *size, mode), lambda: F.interpolate(table, size, mode=mode))
+    )
+    assert_close(ours, theirs)
+    half = resize_table(table.detach().bfloat16(), *size, mode)
+    assert half.dtype == torch.bfloat16
+    assert_close(half, F.interpolate(table.detach().bfloat16().float(), size, mode=mode).bfloat16())

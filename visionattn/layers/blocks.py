@@ -9,7 +9,7 @@ from timm.layers import DropPath, register_notrace_function
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from visionattn.kernels import crop_map, depthwise_conv2d, linear, linear_gelu, pad_map
+from visionattn.kernels import autocasting, crop_map, depthwise_conv2d, eager, linear, linear_gelu, pad_map
 from visionattn.layers.intact import hooked, intact
 from visionattn.layers.switches import built_for_export
 from visionattn.layers.tracing import opaque
@@ -32,6 +32,9 @@ __all__ = [
 # the speed of whole batches, whose maps above 32 MiB the allocator returns to the system after every operator and gets
 # back page by page. 4 MiB is as good, 16 a little worse.
 SLICE_BYTES = 8 * 2**20
+# How many times its size a table is stretched to by matrix products: 16 times (7x7 to 28x28) in 0.4 of the time of
+# F.interpolate, 64 times in 0.3, 4 times in 1.1. Measured on an AMD EPYC, one thread.
+STRETCH = 16
 
 
 @register_notrace_function  # whether it pads depends on the size
@@ -296,8 +299,21 @@ def resize_table(table: Tensor, H: int, W: int, mode: str) -> Tensor:
     if known and table.shape[2] == H and table.shape[3] == W:
         return table
     precise = table.float() if table.dtype in (torch.float16, torch.bfloat16) else table
+    if not torch.jit.is_scripting():
+        stretches = known and table.device.type == "cpu" and H * W >= STRETCH * table.shape[2:].numel()
+        if stretches and eager(table) and not autocasting(table):
+            return _stretched(precise, H, W, mode).to(table.dtype)
     # Of a table with its channels last, export asks how the strides of the result compare.
     return F.interpolate(precise.contiguous(), size=[H, W], mode=mode, align_corners=False).to(table.dtype)
+
+
+def _stretched(table: Tensor, H: int, W: int, mode: str) -> Tensor:
+    """``F.interpolate`` of a table [n, C, H', W'] as products with the weights of its rows and of its columns."""
+    rows, columns = table.shape[2:]
+    unit = [torch.eye(n, dtype=table.dtype)[None, None] for n in (rows, columns)]
+    down = F.interpolate(unit[0], size=[H, rows], mode=mode, align_corners=False)[0, 0]
+    across = F.interpolate(unit[1], size=[columns, W], mode=mode, align_corners=False)[0, 0]
+    return down @ (table.reshape(-1, columns) @ across).view(*table.shape[:3], W)
 
 
 @opaque  # a traced graph would keep the mode it was traced in

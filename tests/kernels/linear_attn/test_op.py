@@ -5,9 +5,11 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.testing import assert_close
 
 from visionattn.kernels import focused, linear_attention, rotary_tables
 from visionattn.kernels.linear_attn import FEATURE_MAPS, NORMALIZERS, rotate_pairs
+from visionattn.kernels.linear_attn.forms import features
 
 
 def make(N=13, M=None, h=2, D=8, V=None, B=2, dtype=torch.float64, seed=0):
@@ -318,3 +320,14 @@ def test_bad_arguments_are_named(change, message):
     arguments = dict(q=torch.randn(2, 6, 2, 8), k=torch.randn(2, 6, 2, 8), v=torch.randn(2, 6, 2, 8))
     with pytest.raises(ValueError, match=message):
         linear_attention(**{**arguments, **change})
+
+
+def test_the_shifted_elu_is_that_of_pytorch():
+    """Its form on a CPU, by exp: values and gradients from the far left over zero to the far right."""
+    x = torch.tensor([-1e4, -50.0, -3.0, -1e-8, 0.0, 1e-8, 2.0, 1e4], dtype=torch.float64, requires_grad=True)
+    ours, theirs = features(x, "elu+1"), F.elu(x) + 1
+    assert_close(ours, theirs)
+    first = [torch.autograd.grad(y.sum(), x, create_graph=True)[0] for y in (ours, theirs)]
+    assert_close(*first)
+    second = [torch.autograd.grad(y.sum(), x)[0][x != 0] for y in first]  # at 0 it jumps
+    assert_close(*second)
