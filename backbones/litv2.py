@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from visionattn.attention import HiLoAttention
 from visionattn.frames.backbone import Pyramid, Stage, build_backbone
-from visionattn.layers.blocks import DepthwiseConv, Mlp, ScaledResidual, pad_to_multiple
+from visionattn.layers.blocks import DepthwiseConv, Mlp, ScaledResidual, activated, pad_to_multiple
 from visionattn.layers.token_merging import DeformableTokenMerging
 from visionattn.layers.tracing import opaque
 from visionattn.weights import pretrained_cfgs
@@ -35,7 +35,9 @@ class DepthwiseMlp(Mlp):
         self.dwconv = DepthwiseConv(hidden, 3, device=device, dtype=dtype)
 
     def _mlp(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(self.act(self.dwconv(self.fc1(x))))))
+        x = self.fc1(x)
+        x = self.act(self.dwconv(x)) if torch.jit.is_scripting() else activated(self.dwconv, self.act, x)
+        return self.drop(self.fc2(self.drop(x)))
 
 
 class Block(nn.Module):

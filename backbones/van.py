@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from visionattn.attention import LargeKernelAttention
 from visionattn.frames.backbone import Pyramid, Stage, build_backbone
 from visionattn.kernels import channels_last
-from visionattn.layers.blocks import ScaledResidual, in_slices
+from visionattn.layers.blocks import ScaledResidual, activated, in_slices
 from visionattn.weights import pretrained_cfgs
 from visionattn.weights.families import declare_filter
 from visionattn.weights.rename import rename_checkpoint
@@ -36,7 +36,10 @@ class SpatialAttention(nn.Module):
         self.proj_2 = nn.Conv2d(dim, dim, 1, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.activation(self.proj_1(x))
+        if torch.jit.is_scripting():
+            y = self.activation(self.proj_1(x))
+        else:
+            y = activated(self.proj_1, self.activation, x)
         return self.proj_2(self.spatial_gating_unit(y)) + x
 
 
@@ -60,8 +63,9 @@ class ConvMlp(nn.Module):
             return self._sliced(x)
 
     def _mlp(self, x: Tensor) -> Tensor:
-        x = self.drop(self.act(self.dwconv(self.fc1(x))))
-        return self.drop(self.fc2(x))
+        x = self.fc1(x)
+        x = self.act(self.dwconv(x)) if torch.jit.is_scripting() else activated(self.dwconv, self.act, x)
+        return self.drop(self.fc2(self.drop(x)))
 
     @torch.jit.unused
     def _sliced(self, x: Tensor) -> Tensor:

@@ -17,13 +17,14 @@ from visionattn.kernels.agent import agent_attention
 from visionattn.kernels.bilevel import bilevel_routing_attention
 from visionattn.kernels.common.attend import attend
 from visionattn.kernels.common.backend import BackendError, get_backend, set_backend, use_backend
-from visionattn.kernels.common.layout import channels_last, crop_map, pad_map
+from visionattn.kernels.common.layout import channels_last, crop_map, is_channels_last, pad_map
 from visionattn.kernels.common.machine import machine
+from visionattn.kernels.common.memory import keep_freed_memory
 from visionattn.kernels.common.mode import autocast, autocasting, eager, exporting
 from visionattn.kernels.common.precision import precise
 from visionattn.kernels.common.tuning import get_tuning, set_tuning, tuned, use_tuning
 from visionattn.kernels.dense import linear, linear_gelu
-from visionattn.kernels.depthwise import depthwise_conv2d
+from visionattn.kernels.depthwise import depthwise_conv2d, depthwise_conv2d_gelu
 from visionattn.kernels.flow import flow_attention
 from visionattn.kernels.focused_map import focused
 from visionattn.kernels.gather import weighted_rows, weighted_rows_reference
@@ -42,6 +43,7 @@ __all__ = [
     "channels_last",
     "crop_map",
     "depthwise_conv2d",
+    "depthwise_conv2d_gelu",
     "eager",
     "exporting",
     "flow_attention",
@@ -49,6 +51,8 @@ __all__ = [
     "gated_pointwise",
     "get_backend",
     "get_tuning",
+    "is_channels_last",
+    "keep_freed_memory",
     "linear",
     "linear_attention",
     "linear_gelu",

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from visionattn.kernels.common import twice
 from visionattn.kernels.common.flops import flop_formula
-from visionattn.kernels.dense.cpu import gradients, product
+from visionattn.kernels.dense.cpu import gradients, product, product_gelu
 
-__all__ = ["linear_op"]
+__all__ = ["linear_gelu_op", "linear_op"]
 
 
 @torch.library.custom_op("visionattn::linear", mutates_args=())
@@ -24,6 +24,17 @@ def linear_op(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @linear_op.register_fake
+def _(x, weight, bias):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@torch.library.custom_op("visionattn::linear_gelu", mutates_args=())
+def linear_gelu_op(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Arguments as in :func:`linear_gelu`; without a gradient."""
+    return product_gelu(x, weight, bias).contiguous()
+
+
+@linear_gelu_op.register_fake
 def _(x, weight, bias):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
@@ -59,6 +70,7 @@ linear_op.register_autograd(_backward, setup_context=_save)
 
 
 @flop_formula("linear")
+@flop_formula("linear_gelu")
 def _flops(x_shape, weight_shape, *args, **kwargs) -> int:
     return 2 * torch.Size(x_shape).numel() * weight_shape[0]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from visionattn.kernels.common.checks import check_same, check_tensors
 from visionattn.kernels.common.mode import eager, exporting, transformed
-from visionattn.kernels.dense.compiled import linear_op
+from visionattn.kernels.dense.compiled import linear_gelu_op, linear_op
 from visionattn.kernels.dense.cpu import covers, product, product_gelu, trained
 
 __all__ = ["linear", "linear_gelu"]
@@ -47,8 +47,12 @@ def _fastest(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
     if eager(x):
         return product(x, weight, bias)
-    opaque = torch.compiler.is_compiling() and not exporting() and not transformed()
-    return linear_op(x, weight, bias) if opaque else F.linear(x, weight, bias)
+    return linear_op(x, weight, bias) if _opaque() else F.linear(x, weight, bias)
+
+
+def _opaque() -> bool:
+    """Whether a graph for this machine is being compiled, in which the product may be an operator of our own."""
+    return torch.compiler.is_compiling() and not exporting() and not transformed()
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -66,9 +70,12 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         ValueError: If shapes, dtypes or devices do not fit together.
     """
     fits = isinstance(x, Tensor) and isinstance(weight, Tensor)
-    if not fits or trained(x, weight) or not covers(x, weight, bias) or not eager(x):
-        return F.gelu(linear(x, weight, bias))
-    return product_gelu(x, weight, bias)
+    if fits and not trained(x, weight) and covers(x, weight, bias):
+        if eager(x):
+            return product_gelu(x, weight, bias)
+        if _opaque():
+            return linear_gelu_op(x, weight, bias)
+    return F.gelu(linear(x, weight, bias))
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -5,7 +5,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from visionattn.layers import blocks
-from visionattn.layers.blocks import Linear, ScaledResidual, in_slices, resize_table
+from visionattn.layers.blocks import DepthwiseConv, Linear, ScaledResidual, activated, in_slices, resize_table
 
 
 class Recorder(nn.Module):
@@ -119,3 +119,45 @@ def test_a_table_is_resized_as_interpolation_does(mode, size):
     half = resize_table(table.detach().bfloat16(), *size, mode)
     assert half.dtype == torch.bfloat16
     assert_close(half, F.interpolate(table.detach().bfloat16().float(), size, mode=mode).bfloat16())
+
+
+LAYERS = {
+    "linear": lambda: Linear(12, 20),
+    "depthwise of NHWC": lambda: DepthwiseConv(12, 3),
+    "depthwise": lambda: nn.Conv2d(12, 12, 3, padding=1, groups=12),
+    "dilated depthwise": lambda: nn.Conv2d(12, 12, 3, padding=2, dilation=2, groups=12),
+    "pointwise": lambda: nn.Conv2d(12, 20, 1),
+    "strided": lambda: nn.Conv2d(12, 20, 1, stride=2, bias=False),
+    "without a weight": nn.Identity,
+}
+
+
+def map_for(name, shape=(2, 7, 5, 12)):
+    x = torch.randn(shape)
+    return x if name in ("linear", "depthwise of NHWC") else x.permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("act", [nn.GELU(), nn.GELU("tanh"), nn.ReLU()], ids=str)
+def test_an_activation_joined_to_a_layer_is_the_one_behind_it(name, act):
+    """On maps of both layouts and of one position, in inference and in training."""
+    layer = LAYERS[name]()
+    for x in (map_for(name), map_for(name).contiguous(), map_for(name, (1, 1, 1, 12)), map_for(name, (0, 3, 3, 12))):
+        expected = act(layer(x))
+        assert_close(activated(layer, act, x), expected)
+        with torch.no_grad():
+            y = activated(layer, act, x)
+        assert_close(y, expected.detach())
+        layout = torch.channels_last
+        assert y.is_contiguous(memory_format=layout) == expected.is_contiguous(memory_format=layout) or not len(x)
+
+
+@pytest.mark.parametrize("name", ["linear", "depthwise of NHWC", "depthwise", "pointwise"])
+@pytest.mark.parametrize("of", ["layer", "act"])
+def test_hooks_of_layer_and_activation_run(name, of):
+    layer, act = LAYERS[name](), nn.GELU()
+    seen = []
+    (layer if of == "layer" else act).register_forward_hook(lambda *call: seen.append(call))
+    with torch.no_grad():
+        activated(layer, act, map_for(name))
+    assert len(seen) == 1

@@ -10,6 +10,7 @@ from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from visionattn.frames.arguments import checked
+from visionattn.kernels import keep_freed_memory
 from visionattn.layers.checks import check_images
 from visionattn.weights.pretrained import with_weights
 
@@ -84,6 +85,7 @@ class Backbone(nn.Module):
         in_chans: int = 3,
     ) -> None:
         super().__init__()
+        keep_freed_memory()
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.feature_info = feature_info

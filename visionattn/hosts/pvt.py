@@ -15,7 +15,7 @@ from visionattn.attention import SpatialReductionAttention
 from visionattn.attention.mixer import MixerLike
 from visionattn.frames.backbone import Pyramid, Stage
 from visionattn.hosts.parts import Block, Host, MixerArgs, StridedConv, mixers, norm_factory
-from visionattn.layers.blocks import DepthwiseConv, Linear, Mlp, Unused, in_slices, resize_table
+from visionattn.layers.blocks import DepthwiseConv, Linear, Mlp, Unused, activated, in_slices, resize_table
 from visionattn.layers.tracing import opaque
 
 __all__ = ["PVT", "PVTv2"]
@@ -62,7 +62,9 @@ class ConvMlp(nn.Module):
             return self._sliced(x)
 
     def _mlp(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(self.act(self.dwconv(self.fc1(x))))))
+        x = self.fc1(x)
+        x = self.act(self.dwconv(x)) if torch.jit.is_scripting() else activated(self.dwconv, self.act, x)
+        return self.drop(self.fc2(self.drop(x)))
 
     @torch.jit.unused
     def _sliced(self, x: Tensor) -> Tensor:

@@ -9,8 +9,18 @@ from timm.layers import DropPath, register_notrace_function
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from visionattn.kernels import autocasting, crop_map, depthwise_conv2d, eager, linear, linear_gelu, pad_map
-from visionattn.layers.intact import hooked, intact
+from visionattn.kernels import (
+    autocasting,
+    crop_map,
+    depthwise_conv2d,
+    depthwise_conv2d_gelu,
+    eager,
+    is_channels_last,
+    linear,
+    linear_gelu,
+    pad_map,
+)
+from visionattn.layers.intact import hooked, intact, pointwise, same_size_depthwise
 from visionattn.layers.switches import built_for_export
 from visionattn.layers.tracing import opaque
 
@@ -109,18 +119,28 @@ class Linear(nn.Linear, metaclass=_AsLinear):
         return linear(x, self.weight, self.bias)
 
 
-def plain(weight: Tensor) -> bool:
+def plain(weight: object) -> bool:
     """Whether a weight is neither quantized nor distributed: what such a tensor knows is ``F.linear``."""
     return type(weight) in (nn.Parameter, Tensor)
 
 
 @torch.jit.unused
-def activated(linear: nn.Module, act: nn.Module, x: Tensor) -> Tensor:
-    """``act(linear(x))``; in inference on a CPU GELU is part of the product. Not for TorchScript."""
-    fused = not torch.is_grad_enabled() and intact(linear, Linear) and intact(act, nn.GELU)
-    if fused and act.approximate == "none" and plain(linear.weight):
-        return linear_gelu(x, linear.weight, linear.bias)
-    return act(linear(x))
+def activated(layer: nn.Module, act: nn.Module, x: Tensor) -> Tensor:
+    """``act(layer(x))``; in inference on a CPU GELU is part of a product or a convolution. Not for TorchScript."""
+    usual = not torch.is_grad_enabled() and intact(act, nn.GELU) and act.approximate == "none"
+    if not usual or not plain(getattr(layer, "weight", None)):
+        return act(layer(x))
+    if intact(layer, Linear):
+        return linear_gelu(x, layer.weight, layer.bias)
+    if not isinstance(x, Tensor) or x.device.type != "cpu" or not eager(x):  # others know the layers as they are
+        return act(layer(x))
+    if intact(layer, DepthwiseConv) and layer.usual:
+        return depthwise_conv2d_gelu(x.permute(0, 3, 1, 2), layer.weight, layer.bias).permute(0, 2, 3, 1)
+    if same_size_depthwise(layer) and layer.dilation == (1, 1):
+        return depthwise_conv2d_gelu(x, layer.weight, layer.bias)
+    if pointwise(layer) and x.dim() == 4 and is_channels_last(x):
+        return linear_gelu(x.permute(0, 2, 3, 1), layer.weight.flatten(1), layer.bias).permute(0, 3, 1, 2)
+    return act(layer(x))
 
 
 @opaque  # which operator runs depends on the tensor

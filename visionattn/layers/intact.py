@@ -8,7 +8,7 @@ the one rule of fused paths: weights of another module are read only while it is
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
-__all__ = ["hooked", "intact", "same_size_depthwise"]
+__all__ = ["hooked", "intact", "pointwise", "same_size_depthwise"]
 
 
 def hooked(module: nn.Module) -> bool:
@@ -45,3 +45,11 @@ def same_size_depthwise(module: nn.Module) -> bool:
         and module.padding == margin
         and module.padding_mode == "zeros"
     )
+
+
+def pointwise(module: nn.Module) -> bool:
+    """Whether a module is an intact ``nn.Conv2d`` that is a linear map of every position's channels."""
+    if not intact(module, nn.Conv2d):
+        return False
+    geometry = (module.kernel_size, module.stride, module.padding, module.groups)
+    return geometry == ((1, 1), (1, 1), (0, 0), 1)
