@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ from visionattn.kernels.common.flops import flop_formula
 from visionattn.kernels.common.jit import jit, tl
 from visionattn.kernels.common.launch import Launch, pointer
 from visionattn.kernels.common.layout import channels_last, is_channels_last
-from visionattn.kernels.common.mode import autocast, autocasting, eager, exporting, forward_mode
+from visionattn.kernels.common.mode import autocast, autocasting, compiling, eager, exporting, forward_mode
 from visionattn.kernels.common.precision import accumulator, precise_dtype
 
 __all__ = ["depthwise_conv2d", "depthwise_conv2d_gelu"]
@@ -56,13 +56,19 @@ def depthwise_conv2d_torch(x: Tensor, weight: Tensor, bias: Tensor | None = None
     if x.device.type != "cpu" or exporting():  # an exported graph holds one convolution node
         return depthwise_conv2d_reference(x, weight, bias, dilation)
     x, weight, bias = autocast(x, weight, bias)
-    tensors = (x, weight) if bias is None else (x, weight, bias)
-    slow_gradient = (weight.shape[-1] > 3 or dilation > 1) and x.numel() >= 2**14  # below, the calls cost more
-    if slow_gradient and torch.is_grad_enabled() and not forward_mode() and any(t.requires_grad for t in tensors):
+    if compiling():
+        return _depthwise_cpu(x, weight, bias, dilation)
+    trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    if trained and _slow_gradient(x, weight, dilation) and not forward_mode():
         out = _DepthwiseCPU.apply(x, weight, bias, dilation)
     else:
         out = _convolve(x, weight, bias, dilation)
     return out if is_channels_last(x) else out.contiguous()
+
+
+def _slow_gradient(x: Tensor, weight: Tensor, dilation: int) -> bool:
+    """Whether PyTorch's gradient is slower than one of several calls; on small maps the calls cost more."""
+    return (weight.shape[-1] > 3 or dilation > 1) and x.numel() >= 2**14
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, d: int) -> Tensor:
@@ -109,16 +115,17 @@ class _DepthwiseCPU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        grad = channels_last(grad)
-        grad_x = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_x = _convolve(grad, weight.flip(2, 3), None, ctx.dilation)
-        if ctx.needs_input_grad[1]:
-            grad_weight = _weight_grad(grad, x, weight, ctx.dilation)
-        if ctx.needs_input_grad[2]:
-            grad_bias = grad.sum((0, 2, 3))
-        return grad_x, grad_weight, grad_bias, None
+        return *_gradients(grad, *ctx.saved_tensors, ctx.dilation, ctx.needs_input_grad), None
+
+
+def _gradients(grad: Tensor, x: Tensor, weight: Tensor, d: int, needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """Those of x, weight and bias that are needed, by operators that oneDNN runs fast."""
+    grad = channels_last(grad)
+    return (
+        _convolve(grad, weight.flip(2, 3), None, d) if needed[0] else None,
+        _weight_grad(grad, x, weight, d) if needed[1] else None,
+        grad.sum((0, 2, 3)) if needed[2] else None,
+    )
 
 
 def _weight_grad(grad: Tensor, x: Tensor, weight: Tensor, d: int) -> Tensor:
@@ -139,6 +146,45 @@ def _weight_grad(grad: Tensor, x: Tensor, weight: Tensor, d: int) -> Tensor:
             )[1]
         )
     return torch.cat(columns, 3)
+
+
+# On a CPU a compiled graph holds the convolution as one operator, too: inductor would mix the two memory formats, and
+# the gradient of a contiguous map takes twice the time.
+
+
+@torch.library.custom_op("visionattn::depthwise_conv2d_cpu", mutates_args=())
+def _depthwise_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
+    """Returns channels_last, whatever the format of x."""
+    return channels_last(_convolve(channels_last(x), weight, bias, dilation))
+
+
+@torch.library.custom_op("visionattn::depthwise_conv2d_cpu_backward", mutates_args=())
+def _depthwise_cpu_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, dilation: int, needed: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, in channels_last, weight and bias, each empty if not needed."""
+    x, grad = channels_last(x), channels_last(grad)
+    if _slow_gradient(x, weight, dilation):
+        found = _gradients(grad, x, weight, dilation, needed)
+    else:
+        padding, steps = [dilation * (weight.shape[-1] // 2)] * 2, [dilation] * 2
+        geometry = ([1, 1], padding, steps, False, [0, 0], len(weight))  # stride, ..., transposed, ..., groups
+        found = torch.ops.aten.convolution_backward(grad, x, weight, [len(weight)], *geometry, needed)
+    dx, dw, db = (x.new_empty(0) if g is None or not wanted else g for g, wanted in zip(found, needed, strict=True))
+    return channels_last(dx) if needed[0] else dx, dw.contiguous(), db.contiguous()
+
+
+@_depthwise_cpu_backward.register_fake
+def _(grad, x, weight, dilation, needed):
+    dx = torch.empty_like(x, memory_format=_CHANNELS_LAST) if needed[0] else x.new_empty(0)
+    dw, db = weight.shape if needed[1] else (0,), weight.shape[:1] if needed[2] else (0,)
+    return dx, x.new_empty(dw), x.new_empty(db)
+
+
+def _backward_cpu(ctx, grad):
+    needed = list(ctx.needs_input_grad[:3])
+    found = _depthwise_cpu_backward(grad, *ctx.saved_tensors, ctx.dilation, needed)
+    return *(g if wanted else None for g, wanted in zip(found, needed, strict=True)), None
 
 
 @jit
@@ -290,6 +336,7 @@ def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) ->
     return out
 
 
+@_depthwise_cpu.register_fake
 @_depthwise.register_fake
 def _(x, weight, bias, dilation):
     return torch.empty_like(x, memory_format=_CHANNELS_LAST)
@@ -333,6 +380,7 @@ def _backward(ctx, grad):
 
 
 _depthwise.register_autograd(_backward, setup_context=_save)
+_depthwise_cpu.register_autograd(_backward_cpu, setup_context=_save)
 
 
 def _save_weight_grad(ctx, inputs, output):
@@ -351,8 +399,14 @@ _depthwise_weight_grad.register_autograd(_backward_weight_grad, setup_context=_s
 
 
 @flop_formula("depthwise_conv2d")
+@flop_formula("depthwise_conv2d_cpu")
 def _flops(x_shape, weight_shape, *args, **kwargs) -> int:
     return 2 * math.prod(x_shape) * math.prod(weight_shape[2:])
+
+
+@flop_formula("depthwise_conv2d_cpu_backward")
+def _flops_cpu_backward(grad_shape, x_shape, weight_shape, dilation, needed, *args, **kwargs) -> int:
+    return _flops(x_shape, weight_shape) * sum(needed[:2])
 
 
 @flop_formula("depthwise_conv2d_weight_grad")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["autocast", "autocasting", "eager", "exporting", "forward_mode", "transformed"]
+__all__ = ["autocast", "autocasting", "compiling", "eager", "exporting", "forward_mode", "transformed"]
 
 
 def exporting() -> bool:
@@ -29,6 +29,11 @@ def transformed() -> bool:
 def forward_mode() -> bool:
     """Whether tangents are carried along with values: ``torch.func.jvp`` or dual numbers."""
     return getattr(forward_ad, "_current_level", -1) >= 0
+
+
+def compiling() -> bool:
+    """Whether a graph for this machine is being compiled, in which operators of our own may stand."""
+    return torch.compiler.is_compiling() and not exporting() and not transformed()
 
 
 # A compiler asks once, while it traces, and cannot look inside.

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visionattn.kernels.common.checks import check_same, check_tensors
-from visionattn.kernels.common.mode import eager, exporting, transformed
+from visionattn.kernels.common.mode import compiling, eager
 from visionattn.kernels.dense.compiled import linear_gelu_op, linear_op
 from visionattn.kernels.dense.cpu import covers, product, product_gelu, trained
 
@@ -47,12 +47,7 @@ def _fastest(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
     if eager(x):
         return product(x, weight, bias)
-    return linear_op(x, weight, bias) if _opaque() else F.linear(x, weight, bias)
-
-
-def _opaque() -> bool:
-    """Whether a graph for this machine is being compiled, in which the product may be an operator of our own."""
-    return torch.compiler.is_compiling() and not exporting() and not transformed()
+    return linear_op(x, weight, bias) if compiling() else F.linear(x, weight, bias)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -73,7 +68,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     if fits and not trained(x, weight) and covers(x, weight, bias):
         if eager(x):
             return product_gelu(x, weight, bias)
-        if _opaque():
+        if compiling():
             return linear_gelu_op(x, weight, bias)
     return F.gelu(linear(x, weight, bias))
 

@@ -1,5 +1,7 @@
 """The depthwise convolution: reference against loops, the PyTorch path against the reference."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
@@ -156,7 +158,7 @@ def test_compiles_as_one_graph(dynamic):
     for H, W in ((20, 22), (14, 14), (7, 13)):
         inputs = tensors(2, 48, H, W, 7)
         out, expected = compiled(*inputs), chain(*inputs)
-        torch.testing.assert_close(out, expected)
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
         grads = [torch.autograd.grad(o.mean(), inputs) for o in (out, expected)]
         torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-4)
 
@@ -197,3 +199,27 @@ def test_wrong_arguments_are_named(change, message):
     arguments = {"x": torch.ones(1, 4, 5, 5), "weight": torch.ones(4, 1, 3, 3), "bias": torch.ones(4)} | change
     with pytest.raises(ValueError, match=message):
         depthwise_conv2d(**arguments)
+
+
+@pytest.mark.parametrize("dilation, side", [(1, 3), (1, 7), (3, 7)])
+@pytest.mark.parametrize("frozen", ["", "x", "weight", "bias"])
+def test_compiled_for_a_cpu_gradients_are_those_of_pytorch(dilation, side, frozen):
+    """Of a contiguous map and of one with its channels last; large enough for gradients of our own."""
+    torch._dynamo.reset()
+    for layout in (torch.contiguous_format, torch.channels_last):
+        tensors = {
+            "x": torch.randn(2, 16, 23, 24).contiguous(memory_format=layout),
+            "weight": torch.randn(16, 1, side, side),
+            "bias": torch.randn(16),
+        }
+        for name, tensor in tensors.items():
+            tensor.requires_grad_(name != frozen)
+        learned = [t for t in tensors.values() if t.requires_grad]
+
+        def step(convolve, learned=learned, tensors=tensors):
+            out = convolve(*tensors.values(), dilation)
+            return out, *torch.autograd.grad(out.square().sum(), learned)
+
+        compiled = torch.compile(depthwise_conv2d, fullgraph=True, backend="aot_eager")
+        for ours, theirs in zip(step(compiled), step(partial(depthwise_conv2d, backend="reference")), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
