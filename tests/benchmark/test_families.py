@@ -3,11 +3,14 @@
 import json
 
 import pytest
+import timm
+import torch
 
 from visionattn.benchmark import families
 from visionattn.benchmark.cli import main
 from visionattn.benchmark.families import FAMILIES, Grid, run_families
 from visionattn.benchmark.models import PLAIN, _plain
+from visionattn.benchmark.reduced import reduce
 
 GRID = Grid(models=("van_b0", "nat_mini"), capabilities=("native",), threads=(1,), batches=(1, 8), modes=("infer",))
 
@@ -91,3 +94,28 @@ def test_a_cell_is_measured_in_a_process_of_its_own(tmp_path):
     assert run_families(grid, tmp_path / "table.json", "command") == 0
     (cell,) = json.loads((tmp_path / "table.json").read_text())["cells"].values()
     assert cell["ratio"] > 0 and cell["error"] < 1e-4
+
+
+def test_ours_in_fewer_bits_is_beside_the_authors_float32(tmp_path, monkeypatch):
+    def measure(cell, modes, grid):
+        common = {"mode": "infer", "peak_mb": 1.0, "error": 0.0, "reason": "", "load": 0.1}
+        times = {"plain": 3.0, "ours": 2.0, "bfloat16": 1.0, "int8": 1.5}
+        return [{"candidate": who, "median_ms": ms, **common} for who, ms in times.items()], ""
+
+    monkeypatch.setattr(families, "_measure", measure)
+    grid = Grid(("van_b0",), ("native",), threads=(1,), batches=(1,), modes=("infer",), reduced=("bfloat16", "int8"))
+    assert run_families(grid, tmp_path / "table.json", "command") == 0
+    assert "| `van_b0` | 3.00 | 1.50 | 2.00 |" in (tmp_path / "table.md").read_text()  # bfloat16, infer, int8
+
+
+@pytest.mark.parametrize("candidate, bound", [("bfloat16", 0.05), ("int8", 0.5)])
+def test_networks_in_fewer_bits_give_about_the_same_logits(candidate, bound):
+    torch.manual_seed(0)
+    model = timm.create_model("agent_swin_t", img_size=64, num_classes=10).eval()
+    reduced = reduce(model, candidate, "infer")
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected, got = model(x), reduced(x)
+    assert got.dtype == torch.float32 and 0 < (got - expected).norm() < bound * expected.norm()
+    with pytest.raises(ValueError, match="for inference, not 'train'"):
+        reduce(model, candidate, "train")

@@ -21,6 +21,7 @@ from visionattn.benchmark.layers import LAYERS, layer_case
 from visionattn.benchmark.measure import copy_bandwidth, one_line
 from visionattn.benchmark.models import DEFAULT_CANDIDATES, model_case
 from visionattn.benchmark.ops import OPS, SIZE_SETS, Size, op_case, parse_candidate
+from visionattn.benchmark.reduced import REDUCED
 from visionattn.benchmark.report import Report, describe, format_header, format_rows, markdown_rows, write_atomic
 from visionattn.benchmark.runner import MODES, Case, Row, Settings, run_case
 
@@ -117,7 +118,8 @@ def _build_parser() -> _Parser:
         type=Path,
         metavar="FILE",
         help="one small model of every family beside its authors' composition, at batch 1 and 8, with 1 and 2 threads, "
-        "with all instructions and with AVX2: ratios as JSON to FILE, a table beside it; goes on where it stopped",
+        "with all instructions and with AVX2, and in bfloat16 and int8: ratios as JSON to FILE, a table beside it; goes "
+        "on where it stopped",
     )
     gpu = commands.add_parser("gpu", help="the fixed set for a GPU; writes JSON and Markdown")
     gpu.add_argument("--out", type=Path, default=Path("docs/benchmarks"), metavar="FOLDER")
@@ -174,7 +176,7 @@ def _model_cases(args: argparse.Namespace, batch: int, candidates: list[str] | N
     names = _known("model", args.names or ["van_b0", "van_b2"], known)
     _check_plot(args, names)
     candidates = candidates or (["ours"] if args.features else list(DEFAULT_CANDIDATES))
-    _known("candidate", [parse_candidate(c)[0] for c in candidates], ["plain", "ours", *CONVERTED, *known])
+    _known("candidate", [parse_candidate(c)[0] for c in candidates], ["plain", "ours", *CONVERTED, *REDUCED, *known])
     sizes = [_positive(int)(size) for size in _comma_list(args.img_size)]
     device, dtype = torch.device(args.device), DTYPES[args.dtype]
     options = (batch, device, dtype, candidates, args.amp, args.features)
@@ -332,6 +334,7 @@ def _run_families(args: argparse.Namespace, command: str) -> int:
         threads=(args.threads,) if args.threads else (1, 2),
         batches=(args.batch,) if args.batch else (1, 8),
         modes=_known("mode", _comma_list(args.mode), MODES),
+        reduced=tuple(REDUCED) if "infer" in _comma_list(args.mode) else (),
         clock=args.clock,
         seconds=min(args.seconds, 3.0),
     )

@@ -52,6 +52,7 @@ class Grid:
         threads: Numbers of threads.
         batches: Images a batch.
         modes: Of ``infer`` and ``train``.
+        reduced: Of ``REDUCED``: ours in fewer bits, in inference with all instructions.
         clock: ``"wall"`` or ``"cpu"``.
         seconds: Time for each mode of a cell, at least three rounds.
     """
@@ -61,8 +62,13 @@ class Grid:
     threads: Sequence[int] = (1, 2)
     batches: Sequence[int] = (1, 8)
     modes: Sequence[str] = tuple(MODES)
+    reduced: Sequence[str] = ()
     clock: str = "wall"
     seconds: float = 3.0
+
+    def columns(self, capability: str) -> list[str]:
+        """What is measured in a cell: modes, then ours in fewer bits."""
+        return [*self.modes, *(self.reduced if capability == "native" else ())]
 
     def cells(self) -> list[tuple[str, int, int, str]]:
         """Capability, threads, images and model, what matters most to a user first."""
@@ -87,13 +93,16 @@ def run_families(grid: Grid, out: Path, command: str) -> int:
     done = _kept(out, header)
     failed = 0
     for cell in grid.cells():
-        missing = [mode for mode in grid.modes if "/".join(map(str, (*cell, mode))) not in done]
+        missing = [mode for mode in grid.columns(cell[0]) if "/".join(map(str, (*cell, mode))) not in done]
         if not missing:
             continue
         print(" ".join(map(str, cell)), end=": ", flush=True)
         rows, reason = _measure(cell, missing, grid)
         for mode in missing:
-            plain, ours = (next((r for r in rows if (r["mode"], r["candidate"]) == (mode, who)), None) for who in SIDES)
+            run, ours = ("infer", mode) if mode in grid.reduced else (mode, "ours")
+            plain, ours = (
+                next((r for r in rows if (r["mode"], r["candidate"]) == (run, who)), None) for who in ("plain", ours)
+            )
             if not (plain and ours and plain["median_ms"] and ours["median_ms"]):
                 reason = reason or next((r["reason"] for r in rows if r["mode"] == mode and r["reason"]), "no result")
                 failed += 1
@@ -114,7 +123,6 @@ def run_families(grid: Grid, out: Path, command: str) -> int:
     return 1 if failed else 0
 
 
-SIDES = ("plain", "ours")
 SAME = ("cpu", "torch", "timm", "visionattn", "clock", "python")
 
 
@@ -132,8 +140,10 @@ def _measure(cell: tuple[str, int, int, str], modes: Sequence[str], grid: Grid) 
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.json"
-        words = f"models {model} --batch {batch} --threads {threads} --mode {','.join(modes)} --clock {grid.clock}"
-        words += f" --seconds {grid.seconds} --candidates {','.join(SIDES)} --json {file}"
+        reduced = [mode for mode in modes if mode in grid.reduced]
+        runs = dict.fromkeys("infer" if mode in reduced else mode for mode in modes)
+        words = f"models {model} --batch {batch} --threads {threads} --mode {','.join(runs)} --clock {grid.clock}"
+        words += f" --seconds {grid.seconds} --candidates {','.join(['plain', 'ours', *reduced])} --json {file}"
         environment = {**os.environ, **CAPABILITIES[capability], "OMP_NUM_THREADS": str(threads)}
         command = [sys.executable, "-m", "visionattn.benchmark", *words.split()]
         ended = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -151,7 +161,8 @@ def markdown(header: dict, cells: dict[str, dict]) -> str:
     )
     models = list(dict.fromkeys(key[3] for key in found))
     names = {"native": header["capability"], "avx2": "AVX2"}
-    titles = [f"{mode} {b}, {t} thr, {names.get(c, c)}" for c, t, b, mode in columns]
+    names_of_modes = {"bfloat16": "infer bfloat16", "int8": "infer int8"}
+    titles = [f"{names_of_modes.get(mode, mode)} {b}, {t} thr, {names.get(c, c)}" for c, t, b, mode in columns]
     lines = ["| model | " + " | ".join(titles) + " |", "|---|" + "---:|" * len(columns)]
     for model in models:
         ratios = [found.get((c, t, b, model, mode)) for c, t, b, mode in columns]
@@ -164,6 +175,6 @@ def markdown(header: dict, cells: dict[str, dict]) -> str:
     facts = ", ".join(f"{key} {header[key]}" for key in ("cpu", "cpu_count", "torch", "timm", "visionattn", "clock"))
     return (
         "# One small model of every family beside its authors' composition, on a CPU\n\n"
-        f"Time of the authors' composition over ours at 224 px, float32: above 1 is faster.\n{facts}; "
+        f"Time of the authors' composition in float32 over ours at 224 px: above 1 is faster.\n{facts}; "
         f"{header['date']}.\nWritten by `{header['command']}`.\n\n" + "\n".join(lines) + "\n"
     )
