@@ -118,8 +118,8 @@ def _build_parser() -> _Parser:
         type=Path,
         metavar="FILE",
         help="one small model of every family beside its authors' composition, at batch 1 and 8, with 1 and 2 threads, "
-        "with all instructions and with AVX2, and in bfloat16 and int8: ratios as JSON to FILE, a table beside it; goes "
-        "on where it stopped",
+        "with all instructions and with AVX2, and in bfloat16 and int8: ratios as JSON to FILE, a table beside it; "
+        "goes on where it stopped",
     )
     gpu = commands.add_parser("gpu", help="the fixed set for a GPU; writes JSON and Markdown")
     gpu.add_argument("--out", type=Path, default=Path("docs/benchmarks"), metavar="FOLDER")

@@ -137,9 +137,9 @@ def _workload(
     who, channels_last, compiled = parse_candidate(candidate)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     model = _network(name, "ours" if who in REDUCED else who, shape[-1], features).train(mode == "train")
+    model = model.to(device=device, dtype=torch.float32 if amp else dtype)
     if who in REDUCED:
         model = reduce(model, who, mode)
-    model = model.to(device=device, dtype=torch.float32 if amp else dtype)
     if channels_last:
         model = model.to(memory_format=layout)
     images = torch.randn(shape, generator=torch.Generator().manual_seed(1))
