@@ -18,6 +18,7 @@ from visionattn.attention.lka import LargeKernelAttention
 from visionattn.attention.local import CircularWindowAttention, HaloAttention
 from visionattn.attention.mixer import Mixer
 from visionattn.attention.neighborhood import NeighborhoodAttention
+from visionattn.attention.polarity import PolarityAwareAttention
 from visionattn.attention.softmax import SoftmaxAttention, SoftmaxMixer
 from visionattn.attention.softplus import SoftplusAttention
 from visionattn.attention.spatial_reduction import SpatialReductionAttention
@@ -43,6 +44,7 @@ __all__ = [
     "MagnitudeAwareAttention",
     "Mixer",
     "NeighborhoodAttention",
+    "PolarityAwareAttention",
     "RankAugmentedAttention",
     "RotaryAttention",
     "SelectiveAttention",

@@ -181,7 +181,8 @@ def replace_attention(
     Args:
         model: A model of timm, or a module around some, such as timm's feature extractors. Blocks that have a mixer
             keep it.
-        mixer: Short name (``"softmax"``, ``"window"``, ``"agent"``, ``"inline"``, ``"flatten"``, ``"slab"``,
+        mixer: Short name (``"softmax"``, ``"window"``, ``"agent"``, ``"inline"``, ``"flatten"``, ``"pola"``,
+            ``"slab"``,
             ``"hedgehog"``, ...), class path, class or function: a ``Mixer``, or a layer of maps [B, H, W, C] with a
             linear map ``qkv`` to queries, keys and values, each the heads in turn, and one ``proj`` of the output.
         mixer_depths: How many blocks of each stage get it, from the first; None for all. A ViT is one stage.
