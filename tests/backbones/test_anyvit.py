@@ -38,6 +38,7 @@ MIXERS = {
     "focused": ("LinearAttention", dict(feature_map="focused", normalizer="mean", **BARE), 0.75),
     "inline": ("LinearAttention", dict(feature_map="identity", normalizer="inline", **BARE), 0.8),
     "rala": ("RankAugmentedAttention", {}, 0.9),
+    "nala": ("NormAwareAttention", {}, 0.85),
     "mala": ("MagnitudeAwareAttention", {}, 0.9),
     "rotary": ("RotaryAttention", {}, 0.9),
     "lepe": ("LePEAttention", {}, 0.9),

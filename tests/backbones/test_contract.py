@@ -41,6 +41,9 @@ SMALL = {
     ),
     "litv2_small": dict(embed_dim=8, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 4), alpha=0.5, drop_path_rate=0.1),
     "mavit_t": dict(embed_dims=(8, 8, 16, 16), depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 2), mlp_ratio=2, head_width=24),
+    "nalaformer_xt": dict(
+        embed_dims=(8, 8, 8, 8), depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 2), mlp_ratio=2, head_width=24
+    ),
     "nat_small": dict(embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 2), kernel_size=3, drop_path_rate=0.1),
     "pola_pvt_t": dict(
         embed_dims=(8, 8, 8, 8), depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 2), mlp_ratios=(2, 2, 2, 2), img_size=64

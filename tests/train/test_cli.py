@@ -54,7 +54,7 @@ def test_image_recipes_run_a_step(config, name, folder, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["pola_swin_t"])
+@pytest.mark.parametrize("name", ["nalaformer_t", "pola_swin_t"])
 def test_a_recipe_of_a_family_runs_a_step_with_its_model(name, folder):
     path = ROOT / "configs" / "classify" / f"{name.partition('_')[0]}_in1k.yaml"
     flags = ["--data.img_size=64", "--data.batch_size=2", "--data.num_workers=0", "--trainer.fast_dev_run=true"]

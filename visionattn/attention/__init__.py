@@ -11,6 +11,7 @@ from visionattn.attention.inline import InLineAttention
 from visionattn.attention.linear import (
     LinearAttention,
     MagnitudeAwareAttention,
+    NormAwareAttention,
     RankAugmentedAttention,
     RotaryAttention,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "MagnitudeAwareAttention",
     "Mixer",
     "NeighborhoodAttention",
+    "NormAwareAttention",
     "PolarityAwareAttention",
     "RankAugmentedAttention",
     "RotaryAttention",

@@ -30,6 +30,7 @@ FAMILIES = (
     "flowformer",
     "ravlt_t",
     "mavit_t",
+    "nalaformer_t",
     "agent_swin_t",
     "inline_swin_t",
     "flatten_swin_t",
