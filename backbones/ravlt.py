@@ -3,11 +3,13 @@
 Paper: "Breaking the Low-Rank Dilemma of Linear Attention", Fan, Huang, He, CVPR 2025, arXiv 2411.07635.
 Original code: qhfan/RALA (no licence stated). Same computation; maps are channels_last, stages are grouped as timm
 expects, rotary tables are made in float32 for any input size, and layer scales, one-dimensional here, get no weight
-decay from timm's optimizers. MAViT is the same network with another operator: see ``mavit.py``.
+decay from timm's optimizers. MAViT is the same network with another operator, NaLaFormer with a position
+code more: see ``mavit.py`` and ``nalaformer.py``.
 """
 
 import re
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +22,7 @@ from timm.layers import (
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from visionattn.attention import MagnitudeAwareAttention, RankAugmentedAttention, RotaryAttention
+from visionattn.attention import MagnitudeAwareAttention, NormAwareAttention, RankAugmentedAttention, RotaryAttention
 from visionattn.frames.backbone import Pyramid, Stage, build_backbone
 from visionattn.kernels import autocasting, channels_last
 from visionattn.layers.blocks import Linear, ScaledResidual, activated, in_slices
@@ -31,7 +33,13 @@ from visionattn.weights.rename import rename_checkpoint
 
 __all__ = ["RAVLT"]
 
-MIXERS = {"rala": RankAugmentedAttention, "mala": MagnitudeAwareAttention, "softmax": RotaryAttention}
+MIXERS = {
+    "rala": RankAugmentedAttention,
+    "mala": MagnitudeAwareAttention,
+    "nala": NormAwareAttention,
+    "softmax": RotaryAttention,
+    "normed_softmax": partial(RotaryAttention, norm_gate=True),
+}
 
 
 @opaque  # which form runs depends on the tensor
@@ -83,7 +91,7 @@ class ConvMlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Convolutional position code, then attention and MLP, both behind layer norms; [B, H, W, dim]."""
+    """Convolutional position code, attention, the code again if asked for, MLP, both behind norms; [B, H, W, dim]."""
 
     def __init__(
         self,
@@ -93,6 +101,7 @@ class Block(nn.Module):
         mlp_ratio: float,
         layer_scale: float | None,
         drop_path: float,
+        second_code: bool = False,
         device=None,
         dtype=None,
     ) -> None:
@@ -102,13 +111,14 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, **dd)
         self.attn = MIXERS[mixer](dim, num_heads, **dd)
         self.residual1 = ScaledResidual(dim, layer_scale, drop_path, **dd)
+        self.pos2 = DepthwiseResidual(dim, **dd) if second_code else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, **dd)
         self.mlp = ConvMlp(dim, int(dim * mlp_ratio), **dd)
         self.residual2 = ScaledResidual(dim, layer_scale, drop_path, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.pos(x)
-        x = self.residual1(x, self.attn(self.norm1(x)))
+        x = self.pos2(self.residual1(x, self.attn(self.norm1(x))))
         return self.residual2(x, self.mlp(self.norm2(x)))
 
 
@@ -210,10 +220,11 @@ class RAVLT(Pyramid):
         embed_dims: Channels of each stage.
         depths: Blocks of each stage.
         num_heads: Attention heads of each stage.
-        mixers: Attention of each stage: ``"rala"``, ``"mala"`` or ``"softmax"``.
+        mixers: Attention of each stage: ``"rala"``, ``"mala"``, ``"nala"``, ``"softmax"`` or ``"normed_softmax"``.
         mlp_ratio: Hidden over outer width of the MLPs.
         layer_scales: Initial scale of the residual branches of each stage; None for unscaled branches.
         head_width: Channels of the 1x1 convolution before the pooling.
+        second_code: Whether every block has a position code before its MLP, too.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth of the last block, rising linearly from 0 at the first.
 
@@ -233,6 +244,7 @@ class RAVLT(Pyramid):
         mlp_ratio: float = 3.5,
         layer_scales: Sequence[float | None] = (1.0, 1.0, 1.0, 1.0),
         head_width: int = 1024,
+        second_code: bool = False,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         device=None,
@@ -246,7 +258,8 @@ class RAVLT(Pyramid):
         stages = []
         for i, dim in enumerate(embed_dims):
             downsample = nn.Identity() if i == 0 else Downsample(embed_dims[i - 1], dim, **dd)
-            blocks = [Block(dim, num_heads[i], mixers[i], mlp_ratio, layer_scales[i], rate, **dd) for rate in rates[i]]
+            made = (dim, num_heads[i], mixers[i], mlp_ratio, layer_scales[i])
+            blocks = [Block(*made, rate, second_code, **dd) for rate in rates[i]]
             stages.append(Stage(downsample, blocks, nhwc=True))
         super().__init__(
             stem=Stem(in_chans, embed_dims[0], **dd),
@@ -276,7 +289,7 @@ def init_weights(module: nn.Module) -> None:
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Rename the parameters of the authors' RAVLT and MAViT; our own state dict is returned as it is.
+    """Rename the parameters of the authors' RAVLT, MAViT and NaLaFormer; our own state dict is returned as it is.
 
     The angles of the rotary embedding, which the releases store, are computed here. A detector or segmenter has a norm
     per output in place of the head. Those belong to its decoder and are left out; load the rest with
@@ -289,7 +302,10 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
         (r"^layers\.(\d)\.downsample\.", lambda m: f"stages.{int(m[1]) + 1}.downsample."),
         (r"^layers\.", "stages."),
         (r"\.(norm\d)\.norm\.", r".\1."),
-        (r"\.attn\.qkvo\.", ".attn.qkv."),
+        (r"\.attn\.qkv[og]\.", ".attn.qkv."),
+        (r"\.attn\.out_proj\.", ".attn.proj."),
+        (r"\.cpe1\.", ".pos."),
+        (r"\.cpe2\.", ".pos2."),
         (r"\.ffn\.", ".mlp."),
         (r"\.gamma_(\d)$", r".residual\1.gamma"),
         (r"^(proj|norm)\.", r"head.\1."),
@@ -300,16 +316,19 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
         return renamed
     # 1x1 convolutions are linear layers here, but for the head's; layer scales are vectors.
     linear = re.compile(r"\.attn\.(qkv|proj)\.weight$|\.fc\d?\.weight$")
-    return {
+    fitted = {
         name: value.flatten(1) if linear.search(name) else value.flatten() if name.endswith(".gamma") else value
         for name, value in renamed.items()
     }
+    if "head.proj.weight" in fitted and fitted["head.proj.weight"].dim() == 2:  # NaLaFormer's is a linear layer
+        fitted["head.proj.weight"] = fitted["head.proj.weight"][:, :, None, None]
+    return fitted
 
 
 declare_filter("ravlt", checkpoint_filter_fn)
 default_cfgs = generate_default_cfgs(pretrained_cfgs("ravlt", first_conv="stem.proj.0", classifier="head.fc"))
 
-# Of RAVLT and MAViT alike.
+# Of RAVLT, MAViT and NaLaFormer alike.
 TINY = dict(embed_dims=(64, 128, 256, 512), depths=(2, 2, 6, 2), num_heads=(1, 2, 4, 8))
 SMALL = dict(embed_dims=(64, 128, 320, 512), depths=(3, 5, 9, 3), num_heads=(1, 2, 5, 8))
 BASE = dict(embed_dims=(96, 192, 384, 512), depths=(4, 6, 12, 6), num_heads=(1, 2, 6, 8))

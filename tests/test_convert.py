@@ -25,7 +25,7 @@ from visionattn.layers.blocks import Linear
 
 VIT = dict(img_size=64, embed_dim=16, depth=3, num_heads=2, num_classes=5)
 SWIN = dict(img_size=64, embed_dim=8, depths=(2, 2), num_heads=(2, 4), window_size=4, num_classes=5)
-GLOBAL = ["agent", "inline", "flatten", "slab", "hedgehog", "softplus", "selective", "flow"]
+GLOBAL = ["agent", "inline", "flatten", "pola", "slab", "hedgehog", "softplus", "selective", "flow"]
 
 
 def randomize_(model: nn.Module) -> nn.Module:

@@ -16,6 +16,7 @@ from visionattn.attention import (
     FocusedLinearAttention,
     InLineAttention,
     Mixer,
+    PolarityAwareAttention,
     SimplifiedLinearAttention,
     SoftmaxMixer,
     SpatialReductionAttention,
@@ -78,6 +79,13 @@ PARAMETERS = {
     "flatten_cswin_s": 35_451_752,
     "flatten_cswin_b": 74_867_032,
     "flatten_cswin_b_384": 78_369_112,
+    "pola_pvt_t": 12_924_648,
+    "pola_pvt_s": 23_157_224,
+    "pola_pvt_m": 39_965_672,
+    "pola_pvt_l": 54_366_568,
+    "pola_swin_t": 29_285_696,
+    "pola_swin_s": 50_603_600,
+    "pola_swin_b": 89_137_864,
     "slab_deit_t": 6_198_401,
     "slab_deit_s": 22_992_641,
     "slab_pvt_t": 12_157_692,
@@ -318,6 +326,40 @@ def test_positioned_linear_attention_is_its_formula(cls, lepe):
     if lepe:
         y = y + mixer.get_v(v.unflatten(1, (3, 4))).flatten(1, 2)
     torch.testing.assert_close(mixer(x), mixer.proj(y).view(2, 3, 4, 8))
+
+
+@pytest.mark.parametrize("prefix", [0, 2])
+def test_polarity_aware_attention_is_its_formula(prefix):
+    mixer = randomize_(PolarityAwareAttention(8, 2, input_size=(3, 4), num_prefix_tokens=prefix).double())
+    x = torch.randn(2, prefix + 12, 8, dtype=torch.float64)
+    q, k, v = mixer.qkv(x).chunk(3, -1)
+    k = k + mixer.positions(3, 4)
+    q, k, v = (heads(t, 2) for t in (q / F.softplus(mixer.temperature), k / F.softplus(mixer.temperature), v))
+    power = 1 + 4 * torch.sigmoid(mixer.power)
+    (q1, q2), (k1, k2) = ((t.relu() ** power, (-t).relu() ** power) for t in (q, k))
+    same, opposite = q1 @ k1.mT + q2 @ k2.mT, q2 @ k1.mT + q1 @ k2.mT
+    halves = zip((same, opposite), v.chunk(2, -1), strict=True)
+    y = (
+        torch.cat([s / (s.sum(-1, keepdim=True) + 1e-6 * s.shape[-1]) @ half for s, half in halves], -1)
+        .transpose(1, 2)
+        .flatten(2)
+    )
+    y = y + F.pad(mixer.local(v.transpose(1, 2).flatten(2), 3, 4).flatten(1, 2), (0, 0, prefix, 0))
+    torch.testing.assert_close(mixer(x, (3, 4)), mixer.proj(y * mixer.gate(x)))
+
+
+def test_polarity_aware_attention_computes_the_same_by_one_product_and_by_the_operator():
+    mixer = randomize_(PolarityAwareAttention(16, 2, input_size=(3, 4)).double())
+    q, k, v = torch.randn(3, 2, 12, 16, dtype=torch.float64)
+    torch.testing.assert_close(mixer._by_operator(q, k, v), mixer._polarized(q, k, v))
+
+
+def test_the_learned_power_has_a_gradient_where_features_are_zero():
+    mixer = PolarityAwareAttention(8, 2, input_size=(3, 4))
+    nn.init.zeros_(mixer.qkv.weight[:16].detach())
+    nn.init.zeros_(mixer.qkv.bias)
+    mixer(torch.randn(2, 3, 4, 8)).square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in mixer.parameters())
 
 
 def test_an_all_negative_query_is_no_division_by_zero():

@@ -38,6 +38,7 @@ MIXERS = {
     "focused": ("LinearAttention", dict(feature_map="focused", normalizer="mean", **BARE), 0.75),
     "inline": ("LinearAttention", dict(feature_map="identity", normalizer="inline", **BARE), 0.8),
     "rala": ("RankAugmentedAttention", {}, 0.9),
+    "nala": ("NormAwareAttention", {}, 0.85),
     "mala": ("MagnitudeAwareAttention", {}, 0.9),
     "rotary": ("RotaryAttention", {}, 0.9),
     "lepe": ("LePEAttention", {}, 0.9),
@@ -53,6 +54,7 @@ MIXERS = {
     "cross_shaped": ("CrossShapedAttention", dict(split_size=2, input_size=(4, 4)), 0.85),
     "spatial_reduction": ("SpatialReductionAttention", dict(sr_ratio=2), 0.8),
     "focused_positions": ("FocusedLinearAttention", dict(input_size=(4, 4)), 0.85),
+    "polarities": ("PolarityAwareAttention", dict(input_size=(4, 4)), 0.85),
     "simplified": ("SimplifiedLinearAttention", dict(input_size=(4, 4)), 0.88),
     "inline_local": ("InLineAttention", dict(input_size=(4, 4)), 0.88),
 }

@@ -41,7 +41,13 @@ SMALL = {
     ),
     "litv2_small": dict(embed_dim=8, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 4), alpha=0.5, drop_path_rate=0.1),
     "mavit_t": dict(embed_dims=(8, 8, 16, 16), depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 2), mlp_ratio=2, head_width=24),
+    "nalaformer_xt": dict(
+        embed_dims=(8, 8, 8, 8), depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 2), mlp_ratio=2, head_width=24
+    ),
     "nat_small": dict(embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 2), kernel_size=3, drop_path_rate=0.1),
+    "pola_pvt_t": dict(
+        embed_dims=(8, 8, 8, 8), depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 2), mlp_ratios=(2, 2, 2, 2), img_size=64
+    ),
     "ravlt_t": dict(
         embed_dims=(8, 8, 8, 8), depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 2), mlp_ratio=2, drop_path_rate=0.1
     ),
@@ -63,7 +69,7 @@ if torch.__version__ < "2.12":  # which takes more of a tensor's strides into an
     EXPORTED_WITHOUT_RANGE.add("litv2_small")
 # Smallest side of an exported graph: unpadded convolutions leave one position of 63 pixels, and a size that may be one,
 # or a number of windows that may be one, is no symbol for torch.export.
-EXPORTED_FROM = {"flatten_swin_t": 64, "flowformer": 64, "slab_pvt_t": 64, "litv2_small": 64}
+EXPORTED_FROM = {"flatten_swin_t": 64, "flowformer": 64, "pola_pvt_t": 64, "slab_pvt_t": 64, "litv2_small": 64}
 SIZE = 64
 
 

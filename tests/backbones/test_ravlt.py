@@ -166,7 +166,7 @@ def test_head_comes_back_after_it_was_taken_away():
     "change, message",
     [
         (dict(depths=(1, 1, 1)), "one entry a stage, got embed_dims 4, depths 3"),
-        (dict(mixers=("rala", "rala", "rela", "softmax")), "mixers must be of rala, mala, softmax, got 'rela'"),
+        (dict(mixers=("rala", "rala", "rela", "softmax")), "normed_softmax, got 'rela'"),
         (dict(num_heads=(1, 2, 2, 3)), "num_heads must divide dim = 16, got 3"),
     ],
 )

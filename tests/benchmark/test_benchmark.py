@@ -425,7 +425,7 @@ def test_plain_slab_trains_as_ours_does():
 
 
 @pytest.mark.parametrize(
-    "name", ["agent", *(pytest.param(name, marks=pytest.mark.slow) for name in ("inline", "flatten", "slab"))]
+    "name", ["agent", *(pytest.param(name, marks=pytest.mark.slow) for name in ("inline", "flatten", "pola", "slab"))]
 )
 def test_plain_swin_reproduces_the_authors_recorded_output(name):
     fixture = load_fixture(f"{name}/{name}_swin_t")

@@ -64,10 +64,12 @@ def tables(n, name, mixer, dim, heads, side, agents=0, token=False, lepe=False):
             n[f"{name}.ac_bias"], n[f"{name}.ca_bias"] = (1, heads, agents, 1), (1, heads, 1, agents)
         if not lepe:
             n.layer(f"{name}.dwc", dim, 1, 3, 3)
-    elif mixer in ("flatten", "slab"):
+    elif mixer in ("flatten", "pola", "slab"):
         n[f"{name}.positional_encoding"] = (1, side * side, dim)
         n.layer(f"{name}.dwc", d, 1, 5, 5)
-        if mixer == "flatten" or lepe:  # SLAB's in CSwin is stored and not used
+        if mixer == "pola":
+            n[f"{name}.power"] = (1, heads, 1, d)
+        if mixer in ("flatten", "pola") or lepe:  # SLAB's in CSwin is stored and not used
             n[f"{name}.scale"] = (1, 1, dim)
     elif mixer == "inline":
         n.layer(f"{name}.residual.0", dim, d, 1)
@@ -107,7 +109,7 @@ def pvt(mixer, depths, heads=(1, 2, 5, 8), side=56, norm="ln"):
             pvt_block(n, at, mixer, dim, heads[i], grid, AGENTS[i], (8, 4, 2, 1)[i], norm)
             n.mlp(f"{at}.mlp", dim, ratio * dim)
         before = dim
-    if mixer == "flatten":  # never used
+    if mixer in ("flatten", "pola"):  # never used
         n.norm("norm", before)
     n.layer("head", 1000, before)
     return n
@@ -116,7 +118,10 @@ def pvt(mixer, depths, heads=(1, 2, 5, 8), side=56, norm="ln"):
 def pvt_block(n, at, mixer, dim, heads, grid, agents, reduction, norm):
     n.norm(f"{at}.norm1", dim, norm)
     n.norm(f"{at}.norm2", dim, norm)
-    n.layer(f"{at}.attn.q", dim, dim)
+    if mixer == "pola":
+        n.layer(f"{at}.attn.qg", 2 * dim, dim)
+    else:
+        n.layer(f"{at}.attn.q", dim, dim)
     n.layer(f"{at}.attn.kv", 2 * dim, dim)
     n.layer(f"{at}.attn.proj", dim, dim)
     tables(n, f"{at}.attn", mixer, dim, heads, grid, agents)
@@ -142,20 +147,22 @@ def pvt_v2(mixer, depths, dims=(64, 128, 320, 512)):
     return n
 
 
-def swin(mixer, width, depths, mixed=(), side=56, window=7, norm="ln"):
-    """``mixed``: how many blocks of each stage have the mixer, all if None."""
+def swin(mixer, width, depths, replaced=(), side=56, window=7, norm="ln"):
+    """``replaced``: how many blocks of each stage have the mixer, all if None."""
     n, heads = Names(), width // 32
     n.layer("patch_embed.proj", width, 3, 4, 4)
     n.norm("patch_embed.norm", width, norm)
     for i, depth in enumerate(depths):
-        dim, grid, count = width << i, side >> i, (*mixed, 0, 0, 0, 0)[i]
+        dim, grid, count = width << i, side >> i, (*replaced, 0, 0, 0, 0)[i]
         for j in range(depth):
             at = f"layers.{i}.blocks.{j}"
             n.norm(f"{at}.norm1", dim, norm)
             n.norm(f"{at}.norm2", dim, norm)
-            n.layer(f"{at}.attn.qkv", 3 * dim, dim)
+            mixed = count is None or j < count
+            gated = mixed and mixer == "pola"
+            n.layer(f"{at}.attn.{'qkvg' if gated else 'qkv'}", (4 if gated else 3) * dim, dim)
             n.layer(f"{at}.attn.proj", dim, dim)
-            if count is None or j < count:
+            if mixed:
                 tables(n, f"{at}.attn", mixer, dim, heads << i, grid, AGENTS[i])
             else:
                 n[f"{at}.attn.relative_position_bias_table"] = ((2 * window - 1) ** 2, heads << i)
@@ -453,6 +460,11 @@ RELEASES = {
     "flatten_swin_b": (swin, ("flatten", 128, SWIN_S, TWO), {}, 88_972_488),
     "flatten_swin_b_384": (swin, ("flatten", 128, SWIN_S, TWO, 96, 12), {}, 91_433_928),
     "flatten_cswin_t": (cswin, ("flatten", 64, CSWIN_T), {}, 21_201_768),
+    "pola_pvt_t": (pvt, ("pola", T), {}, 12_924_648),
+    "pola_pvt_s": (pvt, ("pola", S), {}, 23_157_224),
+    "pola_swin_t": (swin, ("pola", 96, SWIN_T, TWO), {}, 29_285_696),
+    "pola_swin_s": (swin, ("pola", 96, SWIN_S, TWO), {}, 50_603_600),
+    "pola_swin_b": (swin, ("pola", 128, SWIN_S, TWO), {}, 89_137_864),
     "inline_deit_t": (deit, ("inline", 192, 6), {}, 6_477_736),
     "inline_deit_s": (deit, ("inline", 320, 10, 18), {}, 16_734_760),
     "inline_deit_b": (deit, ("inline", 384, 12, 28), {}, 23_797_096),

@@ -11,6 +11,7 @@ from visionattn.attention.inline import InLineAttention
 from visionattn.attention.linear import (
     LinearAttention,
     MagnitudeAwareAttention,
+    NormAwareAttention,
     RankAugmentedAttention,
     RotaryAttention,
 )
@@ -18,6 +19,7 @@ from visionattn.attention.lka import LargeKernelAttention
 from visionattn.attention.local import CircularWindowAttention, HaloAttention
 from visionattn.attention.mixer import Mixer
 from visionattn.attention.neighborhood import NeighborhoodAttention
+from visionattn.attention.polarity import PolarityAwareAttention
 from visionattn.attention.softmax import SoftmaxAttention, SoftmaxMixer
 from visionattn.attention.softplus import SoftplusAttention
 from visionattn.attention.spatial_reduction import SpatialReductionAttention
@@ -43,6 +45,8 @@ __all__ = [
     "MagnitudeAwareAttention",
     "Mixer",
     "NeighborhoodAttention",
+    "NormAwareAttention",
+    "PolarityAwareAttention",
     "RankAugmentedAttention",
     "RotaryAttention",
     "SelectiveAttention",

@@ -10,13 +10,13 @@ from visionattn.layers.checks import declared
 from visionattn.layers.intact import intact
 from visionattn.layers.tracing import opaque
 
-__all__ = ["FocusedLinearAttention", "SimplifiedLinearAttention"]
+__all__ = ["FocusedLinearAttention", "PositionedMixer", "SimplifiedLinearAttention"]
 
 KERNEL = 5  # side of the depthwise convolution
 
 
-class _PositionedLinearAttention(LinearMixer):
-    """What the two share: positions added to the keys, and a depthwise convolution of the values that all heads share.
+class PositionedMixer(LinearMixer):
+    """Base of mixers with positions added to the keys, and a depthwise convolution of the values that all heads share.
 
     Args: those of ``Mixer``.
     """
@@ -81,7 +81,7 @@ class _PositionedLinearAttention(LinearMixer):
 
 
 @opaque  # whether positions are resized depends on the size of the map
-class FocusedLinearAttention(_PositionedLinearAttention):
+class FocusedLinearAttention(PositionedMixer):
     """``phi(q) (phi(k)^T v) / (phi(q) . sum phi(k)) + dwc(v)`` (FLatten, arXiv 2308.00442).
 
     phi cubes ``relu(x) / softplus(scale)`` and restores the norm of the whole token, which sharpens its direction.
@@ -107,7 +107,7 @@ class FocusedLinearAttention(_PositionedLinearAttention):
 
 @opaque  # whether positions are resized depends on the size of the map
 @declared
-class SimplifiedLinearAttention(_PositionedLinearAttention):
+class SimplifiedLinearAttention(PositionedMixer):
     """``relu(q) (relu(k)^T v) / (relu(q) . sum relu(k)) + dwc(v)`` (SLAB, arXiv 2405.11582).
 
     Args:

@@ -1,6 +1,7 @@
-"""Linear attention on maps, RALA's and MALA's among it, and softmax attention in the same frame."""
+"""Linear attention on maps, RALA's, MALA's and NaLaFormer's among it, and softmax attention in the same frame."""
 
 import torch
+import torch.nn.functional as F
 from timm.layers import use_fused_attn
 from torch import Tensor, nn
 
@@ -11,7 +12,13 @@ from visionattn.layers.checks import check_heads, check_map, declared
 from visionattn.layers.switches import built_for_export
 from visionattn.layers.tracing import opaque
 
-__all__ = ["LinearAttention", "MagnitudeAwareAttention", "RankAugmentedAttention", "RotaryAttention"]
+__all__ = [
+    "LinearAttention",
+    "MagnitudeAwareAttention",
+    "NormAwareAttention",
+    "RankAugmentedAttention",
+    "RotaryAttention",
+]
 
 
 @declared
@@ -26,6 +33,7 @@ class MapAttention(nn.Module):
         gate: Whether there is a gate ``o``.
         qkv_bias: Whether the projection to queries, keys, values and gate has a bias.
         scale: Factor of similarities; None stands for head dim ** -0.5.
+        norm_gate: Whether a layer norm precedes the gate, which is then ``silu(o)`` (NaLaFormer, arXiv 2506.21137).
 
     Raises:
         ValueError: If an argument is not one of the allowed.
@@ -40,6 +48,7 @@ class MapAttention(nn.Module):
         gate: bool = True,
         qkv_bias: bool = True,
         scale: float | None = None,
+        norm_gate: bool = False,
         device=None,
         dtype=None,
     ) -> None:
@@ -50,6 +59,8 @@ class MapAttention(nn.Module):
             raise ValueError(f"rotary needs a head dim divisible by 4, got {dim} / {num_heads} = {dim // num_heads}")
         if lepe_kernel < 0 or (lepe_kernel > 0 and lepe_kernel % 2 == 0):
             raise ValueError(f"lepe_kernel must be odd, or 0 for none, got {lepe_kernel}")
+        if norm_gate and not gate:
+            raise ValueError("norm_gate=True needs gate=True, as it is the gate that it norms the input of")
         self.dim = dim
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
@@ -62,6 +73,7 @@ class MapAttention(nn.Module):
             self.lepe = nn.Conv2d(dim, dim, lepe_kernel, padding=lepe_kernel // 2, groups=dim, **dd)
         else:
             self.lepe = None
+        self.ln = nn.LayerNorm(dim, eps=1e-5, **dd) if norm_gate else None
         self.proj = Linear(dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,6 +99,9 @@ class MapAttention(nn.Module):
         tables: tuple[Tensor, Tensor] | None = None
         if self.rotary:
             tables = rotary_tables(H, W, self.head_dim, device=x.device)
+        if self.ln is not None and gate is not None:
+            y = self.attend(q, k, v, tables, residual, None)
+            return self.proj(self.ln(y.reshape(B, H, W, C)) * F.silu(gate.reshape(B, H, W, C)))
         y = self.attend(q, k, v, tables, residual, gate)
         return self.proj(y.reshape(B, H, W, C))
 
@@ -214,6 +229,83 @@ class MagnitudeAwareAttention(LinearAttention):
 
     def __init__(self, dim: int, num_heads: int, **frame) -> None:
         super().__init__(dim, num_heads, "elu+1", "magnitude", **frame)
+
+
+@opaque  # which backend runs depends on the tensor it gets
+@declared
+class NormAwareAttention(MapAttention):
+    """NaLaFormer's linear attention, sharper the longer the query (arXiv 2506.21137). [B, H, W, dim]
+
+    ``phi(q) = [(relu(q) / n)^p | (relu(-q) / n)^p]`` with ``n = |q|`` and ``p = 3 (0.5 + tanh(n))``,
+    ``phi(k) = [relu(k^3) | relu(-k^3)]``: the authors' code, not the cosines and sines that their abstract speaks of.
+
+    Args:
+        norm_eps: Added to n. The authors add nothing: with 0 a query of zeros makes NaN.
+        eps: Added to divisors.
+
+    The other arguments are those of the frame: dim, num_heads, rotary, lepe_kernel, gate, qkv_bias, scale, norm_gate.
+
+    Raises:
+        ValueError: If ``norm_eps`` is negative, or ``eps`` not positive.
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, norm_eps: float = 0.0, eps: float = 1e-6, norm_gate: bool = True, **frame
+    ) -> None:
+        super().__init__(dim, num_heads, norm_gate=norm_gate, **frame)
+        if not norm_eps >= 0:
+            raise ValueError(f"norm_eps must be at least 0, got {norm_eps!r}")
+        if not eps > 0:
+            raise ValueError(f"eps must be positive, got {eps!r}")
+        self.norm_eps = norm_eps
+        self.eps = eps
+
+    def query_features(self, q: Tensor) -> Tensor:
+        """[B, N, h, D] to [B, N, h, 2 * D], in float32 or float64"""
+        q = precise(q)
+        n = q.norm(2, -1, True)
+        q = q / (n + self.norm_eps)
+        q = q.abs().pow(3 * (0.5 + n.tanh())) * q.sign()
+        return torch.cat([q, -q], -1).relu()
+
+    def key_features(self, k: Tensor) -> Tensor:
+        """[B, N, h, D] to [B, N, h, 2 * D], in float32 or float64: in half precision cubes would overflow at 40"""
+        k = precise(k)
+        k = k * k * k
+        return torch.cat([k, -k], -1).relu()
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        residual: Tensor | None,
+        gate: Tensor | None,
+    ) -> Tensor:
+        if rotary is not None:  # both signs of a feature turn alike
+            rotary = (torch.cat([rotary[0], rotary[0]], -1), torch.cat([rotary[1], rotary[1]], -1))
+        if torch.jit.is_scripting():
+            query, key, value = self.query_features(q), self.key_features(k), precise(v)
+            y = mix(query, key, value, "mean", self.scale, self.eps, rotary, None, False).to(v.dtype)
+            y = y if residual is None else y + residual
+            return y if gate is None else y * gate
+        else:
+            return self._fused(q, k, v, rotary, residual, gate)
+
+    @torch.jit.unused
+    def _fused(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        residual: Tensor | None,
+        gate: Tensor | None,
+    ) -> Tensor:
+        maps = (self.query_features, self.key_features)
+        options = dict(eps=self.eps, rotary=rotary, residual=residual, gate=gate)
+        return linear_attention(q, k, v, maps, "mean", backend="torch" if self.exportable else None, **options)
 
 
 @opaque

@@ -114,8 +114,12 @@ class Mixer(nn.Module):
             if not torch.jit.is_scripting():
                 self._check_length(x, H, W)
         context = tokens if stream is None else stream.reshape(tokens.shape)
+        return self.proj_drop(self.proj(self.mixed(tokens, H, W, context))).reshape(x.shape)
+
+    def mixed(self, tokens: Tensor, H: int, W: int, context: Tensor) -> Tensor:
+        """What is between the input and the output projection. Arguments as of ``attend``. [B, N, C] in and out"""
         q, k, v = self.qkv(tokens).chunk(3, -1)
-        return self.proj_drop(self.proj(self.attend(q, k, v, H, W, context))).reshape(x.shape)
+        return self.attend(q, k, v, H, W, context)
 
     def _check_length(self, x: Tensor, H: int, W: int) -> None:
         check_tensor(x, "a sequence [B, N, C]")

@@ -30,9 +30,11 @@ FAMILIES = (
     "flowformer",
     "ravlt_t",
     "mavit_t",
+    "nalaformer_t",
     "agent_swin_t",
     "inline_swin_t",
     "flatten_swin_t",
+    "pola_swin_t",
     "slab_swin_t",
 )
 # What PyTorch and oneDNN are told to use; a processor that lacks it has no such rows.

@@ -38,7 +38,11 @@ _FILES = {
 PLAIN: dict[str, Callable[[str], nn.Module]] = {
     family: file.build for family, file in _FILES.items() if hasattr(file, "build") and file is not swin
 }
-PLAIN |= {"dinat": nat.build, "mavit": ravlt.build} | dict.fromkeys(swin.VARIANTS, swin.build)
+PLAIN |= (
+    {"dinat": nat.build}
+    | dict.fromkeys(("mavit", "nalaformer"), ravlt.build)
+    | dict.fromkeys(swin.VARIANTS, swin.build)
+)
 
 
 def randomize_(model: nn.Module) -> nn.Module:

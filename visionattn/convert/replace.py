@@ -181,9 +181,10 @@ def replace_attention(
     Args:
         model: A model of timm, or a module around some, such as timm's feature extractors. Blocks that have a mixer
             keep it.
-        mixer: Short name (``"softmax"``, ``"window"``, ``"agent"``, ``"inline"``, ``"flatten"``, ``"slab"``,
-            ``"hedgehog"``, ...), class path, class or function: a ``Mixer``, or a layer of maps [B, H, W, C] with a
-            linear map ``qkv`` to queries, keys and values, each the heads in turn, and one ``proj`` of the output.
+        mixer: Short name (``"softmax"``, ``"window"``, ``"agent"``, ``"inline"``, ``"flatten"``, ``"pola"``,
+            ``"slab"``, ``"hedgehog"``, ...), class path, class or function: a ``Mixer``, or a layer of maps
+            [B, H, W, C] with a linear map ``qkv`` to queries, keys and values, each the heads in turn, and one
+            ``proj`` of the output.
         mixer_depths: How many blocks of each stage get it, from the first; None for all. A ViT is one stage.
         mixer_args: Arguments of the mixer, for all stages or one mapping a stage.
         blocks: A regular expression that is searched in names of blocks, such as ``layers.0.blocks.1``, or a function

@@ -33,6 +33,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     own = model.state_dict()
     state = rename_checkpoint(state_dict, (*model.release_rules, *RULES))
     fitted = {name: fit_table(name, value, own[name]) if name in own else value for name, value in state.items()}
+    _split_gate(fitted, own)
     _join_qkv(fitted, own)
     _rename_lepe(fitted, own)
     _keep_unused_scale(fitted, own)
@@ -74,6 +75,16 @@ def _join_qkv(state: dict[str, Tensor], own: dict[str, Tensor]) -> None:
         parts = [f"{match[1]}.{part}.{match[2]}" for part in ("q", "kv")] if match else []
         if parts and all(part in state for part in parts):
             state[name] = torch.cat([state.pop(part) for part in parts])
+
+
+def _split_gate(state: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+    """PolaFormer makes its gate beside queries, keys and values in Swin, beside queries alone in PVT."""
+    for name in own:
+        match = re.fullmatch(r"(.+)\.gate\.(weight|bias)", name)
+        for theirs, ours in (("qkvg", "qkv"), ("qg", "q")) if match else ():
+            joint = state.pop(f"{match[1]}.{theirs}.{match[2]}", None)
+            if joint is not None:
+                state[f"{match[1]}.{ours}.{match[2]}"], state[name] = joint.tensor_split([-len(own[name])])
 
 
 def _rename_lepe(state: dict[str, Tensor], own: dict[str, Tensor]) -> None:

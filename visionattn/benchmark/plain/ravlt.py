@@ -1,16 +1,24 @@
-"""RAVLT and MAViT composed of torch modules: contiguous NCHW maps, einsum attention, nothing fused.
+"""RAVLT, MAViT and NaLaFormer composed of torch modules: contiguous NCHW maps, einsum attention, nothing fused.
 
 The baseline that the library's networks are measured against, and a second opinion on their outputs. Parameter names
-are those of the published checkpoints (arXiv 2411.07635 and 2507.00698), which ``checkpoint_filter_fn`` reads.
+are the authors' (arXiv 2411.07635, 2507.00698 and 2506.21137), which ``checkpoint_filter_fn`` reads.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["PlainRAVLT", "build", "magnitude_aware_attention", "rank_augmented_attention"]
+__all__ = [
+    "PlainNaLaFormer",
+    "PlainRAVLT",
+    "build",
+    "magnitude_aware_attention",
+    "norm_aware_attention",
+    "rank_augmented_attention",
+]
 
 # channels, depths, heads and initial layer scales of the four stages
 SIZES = {
@@ -19,6 +27,8 @@ SIZES = {
     "b": ((96, 192, 384, 512), (4, 6, 12, 6), (1, 2, 6, 8), (1.0, 1.0, 1e-6, 1e-6)),
     "l": ((96, 192, 448, 640), (4, 7, 19, 8), (1, 2, 7, 10), (1e-6, 1e-6, 1e-6, 1e-6)),
 }
+
+NALA_RATIOS = {"xt": 3.5, "t": 4, "s": 3.5, "b": 4, "l": 3.5}  # of NaLaFormer's MLPs
 
 
 class _Rotary(nn.Module):
@@ -66,6 +76,20 @@ def magnitude_aware_attention(q: Tensor, k: Tensor, v: Tensor, sin: Tensor, cos:
     return torch.einsum("bhnd,bhde->bhne", q, state) * (1 + 1 / (z + 1e-6)) - z * v.mean(2, keepdim=True)
 
 
+def norm_aware_attention(q: Tensor, k: Tensor, v: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
+    """NaLaFormer's between the projections. q, k, v [B, h, N, d], tables [N, d] to [B, h, N, d]"""
+    n, k = q.shape[2], k**3
+    norm = q.norm(dim=-1, keepdim=True)
+    power = 3 * (0.5 + torch.tanh(norm))
+    q = torch.cat([(F.relu(q) / norm) ** power, (F.relu(-q) / norm) ** power], dim=-1)
+    k = torch.cat([F.relu(k), F.relu(-k)], dim=-1)
+    z = 1 / (torch.einsum("bhnd,bhd->bhn", q, k.mean(2)) + 1e-6)
+    sin, cos = torch.cat([sin, sin], dim=-1), torch.cat([cos, cos], dim=-1)
+    q, k = _rotate(q, sin, cos), _rotate(k, sin, cos)
+    state = torch.einsum("bhnd,bhne->bhde", k * n**-0.5, v * n**-0.5)
+    return torch.einsum("bhnd,bhde->bhne", q, state) * z[..., None]
+
+
 def _softmax(q: Tensor, k: Tensor, v: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
     q, k = _rotate(q, sin, cos), _rotate(k, sin, cos)
     weights = torch.softmax(torch.einsum("bhnd,bhmd->bhnm", q * q.shape[-1] ** -0.5, k), dim=-1)
@@ -98,6 +122,38 @@ class _LayerNorm(nn.Module):
         return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous()
 
 
+class _NormedAttention(nn.Module):
+    """NaLaFormer's frame: linear layers, and a layer norm before a gate with SiLU."""
+
+    def __init__(self, dim: int, num_heads: int, operator) -> None:
+        super().__init__()
+        self.num_heads, self.operator = num_heads, operator
+        self.qkvg = nn.Linear(dim, 4 * dim)
+        self.lepe = nn.Conv2d(dim, dim, 5, padding=2, groups=dim)
+        self.out_proj = nn.Linear(dim, dim)
+        self.ln = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
+        B, C, H, W = x.shape
+        q, k, v, gate = self.qkvg(x.flatten(2).transpose(1, 2)).chunk(4, dim=-1)
+        lepe = self.lepe(v.transpose(1, 2).reshape(B, C, H, W)).flatten(2).transpose(1, 2)
+        q, k, v = (t.reshape(B, H * W, self.num_heads, -1).transpose(1, 2) for t in (q, k, v))
+        y = self.operator(q, k, v, sin, cos).transpose(1, 2).reshape(B, H * W, C)
+        return self.out_proj(self.ln(y + lepe) * F.silu(gate)).transpose(1, 2).reshape(B, C, H, W)
+
+
+class _LinearFeedForward(nn.Module):
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.gelu(self.fc1(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+        return self.fc2((x + self.dwconv(x)).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
 class _FeedForward(nn.Module):
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -127,6 +183,25 @@ class _Block(nn.Module):
         return x + self.gamma_2 * self.ffn(self.norm2(x))
 
 
+class _NormAwareBlock(nn.Module):
+    def __init__(self, dim: int, num_heads: int, operator, layer_scale: float, mlp_ratio: float) -> None:
+        super().__init__()
+        self.cpe1 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.norm1 = _LayerNorm(dim)
+        self.attn = _NormedAttention(dim, num_heads, operator)
+        self.cpe2 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.norm2 = _LayerNorm(dim)
+        self.ffn = _LinearFeedForward(dim, int(mlp_ratio * dim))
+        self.gamma_1 = nn.Parameter(torch.full((1, dim, 1, 1), layer_scale))
+        self.gamma_2 = nn.Parameter(torch.full((1, dim, 1, 1), layer_scale))
+
+    def forward(self, x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
+        x = x + self.cpe1(x)
+        x = x + self.gamma_1 * self.attn(self.norm1(x), sin, cos)
+        x = x + self.cpe2(x)
+        return x + self.gamma_2 * self.ffn(self.norm2(x))
+
+
 class _Downsample(nn.Module):
     def __init__(self, dim: int, out: int) -> None:
         super().__init__()
@@ -138,10 +213,12 @@ class _Downsample(nn.Module):
 
 
 class _Stage(nn.Module):
-    def __init__(self, dim: int, depth: int, num_heads: int, operator, layer_scale: float, out: int | None) -> None:
+    def __init__(
+        self, dim: int, depth: int, num_heads: int, operator, layer_scale: float, out: int | None, block=_Block
+    ) -> None:
         super().__init__()
         self.RoPE = _Rotary(dim // num_heads)
-        self.blocks = nn.ModuleList(_Block(dim, num_heads, operator, layer_scale) for _ in range(depth))
+        self.blocks = nn.ModuleList(block(dim, num_heads, operator, layer_scale) for _ in range(depth))
         self.downsample = nn.Identity() if out is None else _Downsample(dim, out)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -211,9 +288,48 @@ class PlainRAVLT(nn.Module):
         return self.head(F.adaptive_avg_pool2d(x, 1)).flatten(1)
 
 
+class PlainNaLaFormer(PlainRAVLT):
+    """The same stages with NaLaFormer's blocks, and a linear layer before the pooling.
+
+    Args:
+        embed_dims: Channels of each stage.
+        depths: Blocks of each stage.
+        num_heads: Attention heads of each stage.
+        layer_scales: Initial layer scale of each stage.
+        mlp_ratio: Hidden over outer width of the MLPs.
+    """
+
+    def __init__(
+        self,
+        embed_dims: Sequence[int],
+        depths: Sequence[int],
+        num_heads: Sequence[int],
+        layer_scales: Sequence[float],
+        mlp_ratio: float,
+    ) -> None:
+        super().__init__(embed_dims, (0, 0, 0, 0), num_heads, layer_scales)
+        block = partial(_NormAwareBlock, mlp_ratio=mlp_ratio)
+        rows = zip(embed_dims, depths, num_heads, layer_scales, (*embed_dims[1:], None), strict=True)
+        self.layers = nn.ModuleList(
+            _Stage(dim, depth, heads, norm_aware_attention if i < 2 else _softmax, layer_scale, out, block)
+            for i, (dim, depth, heads, layer_scale, out) in enumerate(rows)
+        )
+        self.proj = nn.Linear(embed_dims[-1], 1024)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch_embed(x)
+        for stage in self.layers:
+            x = stage(x)
+        x = self.proj(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.head(F.adaptive_avg_pool2d(F.silu(self.norm(x)), 1)).flatten(1)
+
+
 def build(name: str) -> PlainRAVLT:
-    """The plain network of a registered RAVLT or MAViT, freshly initialised."""
+    """The plain network of a registered RAVLT, MAViT or NaLaFormer, freshly initialised."""
     family, _, size = name.partition("_")
+    if family == "nalaformer" and size in NALA_RATIOS:
+        sizes = SIZES.get(size, ((32, 64, 128, 384), (2, 2, 2, 2), (1, 2, 4, 12), (1.0, 1.0, 1.0, 1.0)))
+        return PlainNaLaFormer(*sizes, NALA_RATIOS[size])
     if family not in ("ravlt", "mavit") or size not in SIZES:
         allowed = ", ".join(f"{family}_{size}" for family in ("ravlt", "mavit") for size in SIZES)
         raise ValueError(f"no plain network for {name!r}; there is one for {allowed}")

@@ -1,7 +1,7 @@
-"""Agent-, InLine-, FLatten- and SLAB-Swin as their authors compose them: tokens [B, N, C], nothing fused or folded.
+"""Agent-, InLine-, FLatten-, Pola- and SLAB-Swin as their authors compose them: tokens [B, N, C], nothing fused.
 
 The baseline that the library's models are measured against, and a second opinion on their outputs. Parameter names are
-those of the published checkpoints (arXiv 2312.08874, 2412.06590, 2308.00442, 2405.11582).
+those of the published checkpoints (arXiv 2312.08874, 2412.06590, 2308.00442, 2501.15061, 2405.11582).
 """
 
 from collections.abc import Callable, Sequence
@@ -144,6 +144,38 @@ class _Linear(_Attention):
         B, h, N, d = v.shape
         local = self.dwc(v.reshape(B * h, w, w, d).permute(0, 3, 1, 2)).reshape(B, h * d, N).permute(0, 2, 1)
         return self.proj(_merge(x) + local)
+
+
+class _Polarity(nn.Module):
+    """Polarity-aware linear attention: four powers, both signs of queries beside each other in either order."""
+
+    def __init__(self, dim: int, heads: int, window: int) -> None:
+        super().__init__()
+        self.heads, self.window, d = heads, window, dim // heads
+        self.qkvg = nn.Linear(dim, 4 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.positional_encoding = nn.Parameter(torch.zeros(1, window**2, dim))
+        self.scale = nn.Parameter(torch.zeros(1, 1, dim))
+        self.power = nn.Parameter(torch.zeros(1, heads, 1, d))
+        self.dwc = nn.Conv2d(d, d, 5, padding=2, groups=d)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        B, N, C = x.shape
+        w = self.window
+        q, k, v, g = self.qkvg(x).reshape(B, N, 4, C).unbind(2)
+        k = k + self.positional_encoding
+        scale = F.softplus(self.scale)
+        q, k, v = (_heads(t, self.heads) for t in (q / scale, k / scale, v))
+        power = 1 + 4 * torch.sigmoid(self.power)
+        q_pos, q_neg, k_pos, k_neg = (F.relu(t) ** power for t in (q, -q, k, -k))
+        same, opposite = torch.cat([q_pos, q_neg], -1), torch.cat([q_neg, q_pos], -1)
+        key, n, parts = torch.cat([k_pos, k_neg], -1), N**-0.5, []
+        for query, value in zip((same, opposite), v.chunk(2, -1), strict=True):
+            z = 1 / (query @ key.mean(2, keepdim=True).transpose(-2, -1) + 1e-6)
+            parts.append(query @ ((key.transpose(-2, -1) * n) @ (value * n)) * z)
+        d = v.shape[-1]
+        local = self.dwc(v.reshape(-1, w, w, d).permute(0, 3, 1, 2)).reshape(B, C, N).permute(0, 2, 1)
+        return self.proj((_merge(torch.cat(parts, -1)) + local) * g)
 
 
 class _RepBN(nn.Module):
@@ -289,11 +321,12 @@ class PlainSwin(nn.Module):
 
 
 FOCUSED, SIMPLIFIED = partial(_Linear, focused=True), partial(_Linear, focused=False)
-MIXERS = {"agent": _Agent, "inline": _InLine, "flatten": FOCUSED, "slab": SIMPLIFIED}
+MIXERS = {"agent": _Agent, "inline": _InLine, "flatten": FOCUSED, "pola": _Polarity, "slab": SIMPLIFIED}
 VARIANTS = {
     "agent_swin_t": (tuple(partial(_Agent, agents=n) for n in (9, 16, 49)) + (None,), nn.LayerNorm),
     "inline_swin_t": ((_InLine, _InLine, _InLine, None), nn.LayerNorm),
     "flatten_swin_t": ((FOCUSED, FOCUSED, None, None), nn.LayerNorm),
+    "pola_swin_t": ((_Polarity, _Polarity, None, None), nn.LayerNorm),
     "slab_swin_t": ((SIMPLIFIED, SIMPLIFIED, None, None), _LinearNorm),
 }
 
