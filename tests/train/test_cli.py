@@ -53,6 +53,14 @@ def test_image_recipes_run_a_step(config, name, folder, tmp_path):
     assert cli.trainer.global_step == 1 and cli.model.net.num_classes == 3
 
 
+@pytest.mark.parametrize("config", ["pvt", pytest.param("cswin", marks=pytest.mark.slow)])
+def test_recipes_run_a_step_with_their_own_models(config, folder):
+    path = ROOT / "configs" / "classify" / f"{config}_in1k.yaml"
+    flags = ["--data.img_size=32", "--data.batch_size=2", "--data.num_workers=0", "--trainer.fast_dev_run=true"]
+    cli = run(["fit", "-c", str(path), f"--data.root={folder}", *flags])
+    assert cli.trainer.global_step == 1 and cli.model.net.num_classes == 3
+
+
 def test_data_files_are_layered_under_flags(folder):
     data = ROOT / "configs" / "data" / "images.yaml"
     flags = [f"--data.root={folder}", "--data.img_size=32", "--data.batch_size=4", "--data.num_workers=0"]

@@ -98,7 +98,8 @@ def pvt(mixer, depths, heads=(1, 2, 5, 8), side=56, norm="ln"):
     n, before = Names(), 3
     for i, (dim, ratio) in enumerate(zip((64, 128, 320, 512), (8, 8, 4, 4), strict=True)):
         stage, grid = i + 1, side >> i
-        n[f"pos_embed{stage}"] = (1, grid * grid, dim)
+        token = mixer is None and norm == "ln" and i == 3  # PVT itself
+        n[f"pos_embed{stage}"] = (1, grid * grid + token, dim)
         patch = 4 if i == 0 else 2
         n.layer(f"patch_embed{stage}.proj", dim, before, patch, patch)
         n.norm(f"patch_embed{stage}.norm", dim, norm)
@@ -107,7 +108,9 @@ def pvt(mixer, depths, heads=(1, 2, 5, 8), side=56, norm="ln"):
             pvt_block(n, at, mixer, dim, heads[i], grid, AGENTS[i], (8, 4, 2, 1)[i], norm)
             n.mlp(f"{at}.mlp", dim, ratio * dim)
         before = dim
-    if mixer == "flatten":  # never used
+    if token:
+        n["cls_token"] = (1, 1, before)
+    if mixer == "flatten" or token:  # FLatten's is never used
         n.norm("norm", before)
     n.layer("head", 1000, before)
     return n
@@ -184,7 +187,7 @@ def cswin(mixer, width, depths, side=56, norm="ln"):
             n.norm(f"{at}.norm2", dim, norm)
             n.layer(f"{at}.qkv", 3 * dim, dim)
             n.layer(f"{at}.proj", dim, dim)
-            branches = 2 if i == 2 else 1
+            branches = 2 if i == 2 or (mixer is None and i < 2) else 1
             for b in range(branches):
                 n.layer(f"{at}.attns.{b}.get_v", dim // branches, 1, 3, 3)
             if i < 2:
@@ -521,5 +524,15 @@ RELEASES = {
     "litv2_small_alpha05": (litv2, (96, SWIN_T, 5), {}, 27_647_392),
     "litv2_small_alpha07": (litv2, (96, SWIN_T, 7), {}, 27_696_544),
     "litv2_small_alpha10": (litv2, (96, SWIN_T, 10), {}, 28_089_760),
+    "cswin_tiny_224": (cswin, (None, 64, (1, 2, 21, 1)), {}, 22_320_552),
+    "cswin_small_224": (cswin, (None, 64, SHORT), {}, 34_643_304),
+    "cswin_base_224": (cswin, (None, 96, SHORT), {}, 77_382_184),
+    "cswin_base_384": (cswin, (None, 96, SHORT), {}, 77_382_184),
+    "cswin_large_224": (cswin, (None, 144, SHORT), {}, 173_262_664),
+    "cswin_large_384": (cswin, (None, 144, SHORT), {}, 173_262_664),
+    "pvt_tiny": (pvt, (None, T), {}, 13_229_288),
+    "pvt_small": (pvt, (None, S), {}, 24_485_864),
+    "pvt_medium": (pvt, (None, M), {}, 44_208_104),
+    "pvt_large": (pvt, (None, L), {}, 61_369_320),
     "flowformer": (flowformer, (), {}, 43_311_304),
 }

@@ -34,6 +34,8 @@ FAMILIES = (
     "inline_swin_t",
     "flatten_swin_t",
     "slab_swin_t",
+    "cswin_tiny_224",
+    "pvt_tiny",
 )
 # What PyTorch and oneDNN are told to use; a processor that lacks it has no such rows.
 CAPABILITIES = {
