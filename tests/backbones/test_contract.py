@@ -65,11 +65,26 @@ SMALL = {
         img_size=64,
         drop_path_rate=0.1,
     ),
+    "transnext_micro": dict(
+        embed_dims=(8, 8, 8, 8),
+        depths=(1, 1, 1, 1),
+        num_heads=(1, 2, 2, 2),
+        mlp_ratios=(2, 2, 2, 2),
+        drop_path_rate=0.1,
+    ),
     "van_b0": dict(embed_dims=(8, 12, 16, 20), depths=(1, 1, 2, 1), mlp_ratios=(2, 2, 2, 2), drop_path_rate=0.1),
 }
 # Any image size, but not given as a range: of linear layers on maps and a padding to whole windows torch.export would
-# have to prove that 2 % (2 * ((H - 1) // 4 + 1)) is not 0, which it cannot.
-EXPORTED_WITHOUT_RANGE = {"dinat_small", "cswin_tiny_224", "flatten_swin_t", "inline_cswin_t", "nat_small"}
+# have to prove that 2 % (2 * ((H - 1) // 4 + 1)) is not 0, which it cannot; nor can it order the sizes of TransNeXt's
+# positions on a map and on the pooled one.
+EXPORTED_WITHOUT_RANGE = {
+    "dinat_small",
+    "cswin_tiny_224",
+    "flatten_swin_t",
+    "inline_cswin_t",
+    "nat_small",
+    "transnext_micro",
+}
 if torch.__version__ < "2.12":  # which takes more of a tensor's strides into an exported graph
     EXPORTED_WITHOUT_RANGE.add("litv2_small")
 # Smallest side of an exported graph: unpadded convolutions leave one position of 63 pixels, and a size that may be one,

@@ -41,6 +41,7 @@ LITV2_MAPS = (
 HOST_MAPS = {f"stage{i}": f"stages.{i}" for i in range(4)}
 CSWIN_MAPS = {"norm": "norm"} | {f"stage{i + 1}": f"stages.{i}" for i in range(4)}
 PVT_MAPS = {f"stage{i + 1}": f"stages.{i}" for i in range(3)}
+TRANSNEXT_MAPS = {f"stage{i + 1}": f"stages.{i}" for i in range(4)}
 DEIT_MAPS = {f"block{i}": f"stages.{i}" for i in (2, 5, 8, 11)}
 CASES = [
     # 1.5e-6 tells the wrong eps of a norm (3.2e-6) or of the flows (2.5e-6) from rounding (7e-7).
@@ -83,6 +84,9 @@ CASES = [
     # 2e-6 tells a wrong eps of a norm (4.8e-6, in patches 3e-6) from rounding (6e-7).
     Case("cswin/cswin_tiny_224", "cswin_tiny_224", 2e-6, CSWIN_MAPS, map_tolerance=4e-6, slow=True),
     Case("pvt/pvt_tiny", "pvt_tiny", 2e-6, PVT_MAPS, map_tolerance=4e-6),
+    # 3e-6 tells a wrong eps of a norm (4.6e-6) from rounding (6e-7).
+    Case("transnext/transnext_micro", "transnext_micro", 3e-6, TRANSNEXT_MAPS, map_tolerance=5e-6),
+    Case("transnext/transnext_micro_256", "transnext_micro", 3e-6, TRANSNEXT_MAPS, map_tolerance=5e-6, slow=True),
     Case("slab/slab_deit_t", "slab_deit_t", 2e-6, DEIT_MAPS, slow=True),
 ]
 

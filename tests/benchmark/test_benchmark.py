@@ -413,7 +413,10 @@ def test_plain_nat_reproduces_the_authors_recorded_output(name):
     assert relative_error(output, torch.tensor(fixture["output"]["values"])) < 2e-6
 
 
-@pytest.mark.parametrize("name", [pytest.param("cswin/cswin_tiny_224", marks=pytest.mark.slow), "pvt/pvt_tiny"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("cswin/cswin_tiny_224", marks=pytest.mark.slow), "pvt/pvt_tiny", "transnext/transnext_micro"],
+)
 def test_plain_pyramids_reproduce_the_authors_recorded_output(name):
     fixture, (family, model) = load_fixture(name), name.split("/")
     plain = models.PLAIN[family](model).eval()

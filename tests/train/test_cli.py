@@ -53,7 +53,7 @@ def test_image_recipes_run_a_step(config, name, folder, tmp_path):
     assert cli.trainer.global_step == 1 and cli.model.net.num_classes == 3
 
 
-@pytest.mark.parametrize("config", ["pvt", pytest.param("cswin", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("config", ["pvt", *(pytest.param(n, marks=pytest.mark.slow) for n in ("cswin", "transnext"))])
 def test_recipes_run_a_step_with_their_own_models(config, folder):
     path = ROOT / "configs" / "classify" / f"{config}_in1k.yaml"
     flags = ["--data.img_size=32", "--data.batch_size=2", "--data.num_workers=0", "--trainer.fast_dev_run=true"]

@@ -413,6 +413,38 @@ def flowformer():
     return n
 
 
+def transnext(dims, depths, aaaa=False):
+    n, before = Names(), 3
+    for i, (dim, depth, ratio) in enumerate(zip(dims, depths, (8, 8, 4, 4), strict=True)):
+        stage, side, heads, hidden = i + 1, 3 if i else 7, dim // 24, int(2 * int(dim * ratio) / 3)
+        n.layer(f"patch_embed{stage}.proj", dim, before, side, side)
+        n.norm(f"patch_embed{stage}.norm", dim)
+        for j in range(depth):
+            at = f"block{stage}.{j}"
+            n.norm(f"{at}.norm1", dim)
+            n.norm(f"{at}.norm2", dim)
+            n[f"{at}.attn.temperature"], n[f"{at}.attn.query_embedding"] = (heads, 1, 1), (heads, 1, 24)
+            if i == 3 and not aaaa:
+                n.layer(f"{at}.attn.qkv", 3 * dim, dim)
+            else:
+                n.layer(f"{at}.attn.q", dim, dim)
+                n.layer(f"{at}.attn.kv", 2 * dim, dim)
+                n.layer(f"{at}.attn.sr", dim, dim, 1, 1)
+                n.norm(f"{at}.attn.norm", dim)
+                n[f"{at}.attn.relative_pos_bias_local"] = (heads, 9)
+                n[f"{at}.attn.learnable_tokens"], n[f"{at}.attn.learnable_bias"] = (heads, 24, 9), (heads, 1, 9)
+            n.layer(f"{at}.attn.proj", dim, dim)
+            n.layer(f"{at}.attn.cpb_fc1", 512, 2)
+            n.layer(f"{at}.attn.cpb_fc2", heads, 512)
+            n.layer(f"{at}.mlp.fc1", 2 * hidden, dim)
+            n.layer(f"{at}.mlp.dwconv.dwconv", hidden, 1, 3, 3)
+            n.layer(f"{at}.mlp.fc2", dim, hidden)
+        n.norm(f"norm{stage}", dim)
+        before = dim
+    n.layer("head", 1000, before)
+    return n
+
+
 # --- sizes ------------------------------------------------------------------------------------------------------------
 
 T, S, M, L = (2, 2, 2, 2), (3, 4, 6, 3), (3, 4, 18, 3), (3, 8, 27, 3)  # of PVT
@@ -427,6 +459,7 @@ RAVLT = {
     "b": ((96, 192, 384, 512), (4, 6, 12, 6), (1, 2, 6, 8)),
     "l": ((96, 192, 448, 640), (4, 7, 19, 8), (1, 2, 7, 10)),
 }
+NEXT_MICRO, NEXT_SMALL, NEXT_BASE = (48, 96, 192, 384), (72, 144, 288, 576), (96, 192, 384, 768)
 VAN = (64, 128, 320, 512)
 
 # Function, arguments, and the parameters that were measured on the authors' code.
@@ -534,5 +567,12 @@ RELEASES = {
     "pvt_small": (pvt, (None, S), {}, 24_485_864),
     "pvt_medium": (pvt, (None, M), {}, 44_208_104),
     "pvt_large": (pvt, (None, L), {}, 61_369_320),
+    "transnext_micro": (transnext, (NEXT_MICRO, (2, 2, 15, 2)), {}, 12_809_304),
+    "transnext_tiny": (transnext, (NEXT_SMALL, (2, 2, 15, 2)), {}, 28_258_960),
+    "transnext_small": (transnext, (NEXT_SMALL, (5, 5, 22, 5)), {}, 49_741_564),
+    "transnext_base": (transnext, (NEXT_BASE, (5, 5, 23, 5)), {}, 89_721_496),
+    "transnext_small_384": (transnext, (NEXT_SMALL, (5, 5, 22, 5)), {}, 49_741_564),
+    "transnext_base_384": (transnext, (NEXT_BASE, (5, 5, 23, 5)), {}, 89_721_496),
+    "transnext_micro_aaaa_256": (transnext, (NEXT_MICRO, (2, 2, 15, 2), True), {}, 13_114_008),
     "flowformer": (flowformer, (), {}, 43_311_304),
 }
