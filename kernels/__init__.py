@@ -14,6 +14,7 @@ Outside this folder, import from here or from an operator's folder or file, neve
 """
 
 from visionattn.kernels.agent import agent_attention
+from visionattn.kernels.aggregated import aggregated_attention, seen_neighbors
 from visionattn.kernels.bilevel import bilevel_routing_attention
 from visionattn.kernels.common.attend import attend
 from visionattn.kernels.common.backend import BackendError, get_backend, set_backend, use_backend
@@ -36,6 +37,7 @@ from visionattn.kernels.window import window_attention, window_attention_export
 __all__ = [
     "BackendError",
     "agent_attention",
+    "aggregated_attention",
     "attend",
     "autocast",
     "autocasting",
@@ -62,6 +64,7 @@ __all__ = [
     "pad_map",
     "precise",
     "rotary_tables",
+    "seen_neighbors",
     "set_backend",
     "set_tuning",
     "tuned",

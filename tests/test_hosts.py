@@ -22,7 +22,7 @@ from visionattn.attention import (
     SpatialReductionAttention,
     WindowAttention,
 )
-from visionattn.hosts import PVT, CSwin, DeiT, DeiTGrid, PVTv2, Swin
+from visionattn.hosts import PVT, ClassTokenPVT, CSwin, DeiT, DeiTGrid, PVTv2, Swin
 from visionattn.hosts.release import checkpoint_filter_fn, fit_table
 from visionattn.kernels import agent
 from visionattn.layers.norms import PRepBN
@@ -568,3 +568,29 @@ def test_agents_of_another_number_serve_dense_tasks():
     with pytest.raises(ValueError, match="agent_shapes must have one entry a stage, 4, got"):
         timm.create_model("agent_swin_t", agent_shapes=(9, 12), **small)
     assert timm.create_model("agent_deit_t", agent_shapes=[14]).stages[0].attn.agent_shape == (14, 14)
+
+
+@pytest.mark.parametrize("given", [dict(sr_ratios=(8, 4, 2, 2)), dict(unused_norm=True)])
+def test_a_class_token_needs_a_last_stage_of_whole_maps(given):
+    with pytest.raises(ValueError, match="class token needs .* sr_ratios that end in 1 and unused_norm=False, got"):
+        ClassTokenPVT(device="meta", **given)
+
+
+def test_norms_of_pvt_have_the_authors_eps():
+    model = ClassTokenPVT(device="meta")
+    eps = {name: module.eps for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)}
+    outer = {name for name, value in eps.items() if value == 1e-5}
+    assert eps["norm"] == 1e-6 and set(eps.values()) == {1e-5, 1e-6}
+    assert outer == {name for name in eps if name == "stem.norm" or name.endswith(("downsample.norm", "attn.norm"))}
+
+
+def test_a_class_token_goes_with_any_mixer_that_takes_prefix_tokens():
+    small = dict(img_size=64, embed_dims=(8, 8, 8, 8), num_heads=(1, 2, 2, 2), depths=(1, 1, 1, 1), num_classes=3)
+    model = ClassTokenPVT(mixer="visionattn.attention.AgentAttention", mixer_args=dict(num_agents=4), **small).eval()
+    x = torch.randn(2, 3, 96, 64)
+    assert model(x).shape == (2, 3) and model.forward_features(x).shape == (2, 1 + 3 * 2, 8)
+    before = model.forward_intermediates(x, intermediates_only=True)
+    nn.init.normal_(model.stages[3].downsample.cls_embed)
+    after = model.forward_intermediates(x, intermediates_only=True)
+    torch.testing.assert_close(before[2], after[2], rtol=0, atol=0)
+    assert not torch.allclose(before[3], after[3])  # the patches attend to the token

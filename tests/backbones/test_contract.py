@@ -18,7 +18,7 @@ from timm.models import group_parameters, save_for_hf
 from timm.optim import create_optimizer_v2
 
 import visionattn
-from visionattn.frames.isotropic import Isotropic, PrefixIsotropic
+from visionattn.frames.isotropic import Isotropic
 
 # One registered name of each family, with arguments that make it small without changing its kind.
 SMALL = {
@@ -60,16 +60,44 @@ SMALL = {
         img_size=64,
         drop_path_rate=0.1,
     ),
+    "cswin_tiny_224": dict(
+        img_size=64, embed_dim=8, depths=(1, 1, 1, 1), num_heads=(2, 2, 2, 2), mlp_ratio=2, split_sizes=(1, 2, 3, 3)
+    ),
+    "pvt_tiny": dict(
+        embed_dims=(8, 8, 8, 8),
+        depths=(1, 1, 1, 1),
+        num_heads=(1, 2, 2, 2),
+        mlp_ratios=(2, 2, 2, 2),
+        img_size=64,
+        drop_path_rate=0.1,
+    ),
+    "transnext_micro": dict(
+        embed_dims=(8, 8, 8, 8),
+        depths=(1, 1, 1, 1),
+        num_heads=(1, 2, 2, 2),
+        mlp_ratios=(2, 2, 2, 2),
+        drop_path_rate=0.1,
+    ),
     "van_b0": dict(embed_dims=(8, 12, 16, 20), depths=(1, 1, 2, 1), mlp_ratios=(2, 2, 2, 2), drop_path_rate=0.1),
 }
 # Any image size, but not given as a range: of linear layers on maps and a padding to whole windows torch.export would
-# have to prove that 2 % (2 * ((H - 1) // 4 + 1)) is not 0, which it cannot.
-EXPORTED_WITHOUT_RANGE = {"dinat_small", "flatten_swin_t", "inline_cswin_t", "nat_small"}
+# have to prove that 2 % (2 * ((H - 1) // 4 + 1)) is not 0, which it cannot; nor can it order the sizes of TransNeXt's
+# positions on a map and on the pooled one.
+EXPORTED_WITHOUT_RANGE = {
+    "dinat_small",
+    "cswin_tiny_224",
+    "flatten_swin_t",
+    "inline_cswin_t",
+    "nat_small",
+    "transnext_micro",
+}
 if torch.__version__ < "2.12":  # which takes more of a tensor's strides into an exported graph
     EXPORTED_WITHOUT_RANGE.add("litv2_small")
 # Smallest side of an exported graph: unpadded convolutions leave one position of 63 pixels, and a size that may be one,
 # or a number of windows that may be one, is no symbol for torch.export.
-EXPORTED_FROM = {"flatten_swin_t": 64, "flowformer": 64, "pola_pvt_t": 64, "slab_pvt_t": 64, "litv2_small": 64}
+EXPORTED_FROM = dict.fromkeys(
+    ("flatten_swin_t", "flowformer", "litv2_small", "pola_pvt_t", "pvt_tiny", "slab_pvt_t"), 64
+)
 SIZE = 64
 
 
@@ -89,7 +117,7 @@ def images(*size: int, batch: int = 2, chans: int = 3) -> torch.Tensor:
 
 def nchw(model, features: torch.Tensor) -> torch.Tensor:
     """Unpooled features as the map [B, C, H, W], from the layout that the model declares."""
-    if isinstance(model, PrefixIsotropic):
+    if model.num_prefix_tokens and features.ndim == 3:
         side = math.isqrt(features.shape[1] - model.num_prefix_tokens)
         features = features[:, model.num_prefix_tokens :].unflatten(1, (side, side)).permute(0, 3, 1, 2)
     return features.permute(0, 3, 1, 2) if getattr(model, "output_fmt", "NCHW") == "NHWC" else features
@@ -260,7 +288,7 @@ def test_reset_classifier_keeps_pooling_device_dtype_mode_and_frozen_state(name)
 @pytest.mark.parametrize("cls", ["list", "dict", "hook", "getter"])
 def test_features_only(name, cls):
     model = small(name).eval()
-    if cls != "getter" and isinstance(model, PrefixIsotropic):
+    if cls != "getter" and model.num_prefix_tokens:
         pytest.skip("blocks pass tokens, which only the wrapper that calls forward_intermediates makes maps of")
     net = small(name, features_only=True, feature_cls=cls, out_indices=(0, 1, 2, 3)).eval()
     old, new = ("", "model.") if cls == "getter" else ("stages.", "stages_")  # how the wrappers rename parameters

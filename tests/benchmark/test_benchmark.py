@@ -413,6 +413,19 @@ def test_plain_nat_reproduces_the_authors_recorded_output(name):
     assert relative_error(output, torch.tensor(fixture["output"]["values"])) < 2e-6
 
 
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("cswin/cswin_tiny_224", marks=pytest.mark.slow), "pvt/pvt_tiny", "transnext/transnext_micro"],
+)
+def test_plain_pyramids_reproduce_the_authors_recorded_output(name):
+    fixture, (family, model) = load_fixture(name), name.split("/")
+    plain = models.PLAIN[family](model).eval()
+    plain.load_state_dict(fixture_weights(fixture))
+    with torch.inference_mode():
+        output = plain(fixture_image(fixture))
+    assert relative_error(output, torch.tensor(fixture["output"]["values"])) < 2e-6
+
+
 def test_plain_slab_trains_as_ours_does():
     plain, ours = models.plain_and_ours("slab_swin_t")
     x, outputs = torch.randn(1, 3, 224, 224), []

@@ -100,7 +100,8 @@ def pvt(mixer, depths, heads=(1, 2, 5, 8), side=56, norm="ln"):
     n, before = Names(), 3
     for i, (dim, ratio) in enumerate(zip((64, 128, 320, 512), (8, 8, 4, 4), strict=True)):
         stage, grid = i + 1, side >> i
-        n[f"pos_embed{stage}"] = (1, grid * grid, dim)
+        token = mixer is None and norm == "ln" and i == 3  # PVT itself
+        n[f"pos_embed{stage}"] = (1, grid * grid + token, dim)
         patch = 4 if i == 0 else 2
         n.layer(f"patch_embed{stage}.proj", dim, before, patch, patch)
         n.norm(f"patch_embed{stage}.norm", dim, norm)
@@ -109,7 +110,9 @@ def pvt(mixer, depths, heads=(1, 2, 5, 8), side=56, norm="ln"):
             pvt_block(n, at, mixer, dim, heads[i], grid, AGENTS[i], (8, 4, 2, 1)[i], norm)
             n.mlp(f"{at}.mlp", dim, ratio * dim)
         before = dim
-    if mixer in ("flatten", "pola"):  # never used
+    if token:
+        n["cls_token"] = (1, 1, before)
+    if mixer in ("flatten", "pola") or token:  # theirs, but for the token's, is never used
         n.norm("norm", before)
     n.layer("head", 1000, before)
     return n
@@ -191,7 +194,7 @@ def cswin(mixer, width, depths, side=56, norm="ln"):
             n.norm(f"{at}.norm2", dim, norm)
             n.layer(f"{at}.qkv", 3 * dim, dim)
             n.layer(f"{at}.proj", dim, dim)
-            branches = 2 if i == 2 else 1
+            branches = 2 if i == 2 or (mixer is None and i < 2) else 1
             for b in range(branches):
                 n.layer(f"{at}.attns.{b}.get_v", dim // branches, 1, 3, 3)
             if i < 2:
@@ -417,6 +420,38 @@ def flowformer():
     return n
 
 
+def transnext(dims, depths, aaaa=False):
+    n, before = Names(), 3
+    for i, (dim, depth, ratio) in enumerate(zip(dims, depths, (8, 8, 4, 4), strict=True)):
+        stage, side, heads, hidden = i + 1, 3 if i else 7, dim // 24, int(2 * int(dim * ratio) / 3)
+        n.layer(f"patch_embed{stage}.proj", dim, before, side, side)
+        n.norm(f"patch_embed{stage}.norm", dim)
+        for j in range(depth):
+            at = f"block{stage}.{j}"
+            n.norm(f"{at}.norm1", dim)
+            n.norm(f"{at}.norm2", dim)
+            n[f"{at}.attn.temperature"], n[f"{at}.attn.query_embedding"] = (heads, 1, 1), (heads, 1, 24)
+            if i == 3 and not aaaa:
+                n.layer(f"{at}.attn.qkv", 3 * dim, dim)
+            else:
+                n.layer(f"{at}.attn.q", dim, dim)
+                n.layer(f"{at}.attn.kv", 2 * dim, dim)
+                n.layer(f"{at}.attn.sr", dim, dim, 1, 1)
+                n.norm(f"{at}.attn.norm", dim)
+                n[f"{at}.attn.relative_pos_bias_local"] = (heads, 9)
+                n[f"{at}.attn.learnable_tokens"], n[f"{at}.attn.learnable_bias"] = (heads, 24, 9), (heads, 1, 9)
+            n.layer(f"{at}.attn.proj", dim, dim)
+            n.layer(f"{at}.attn.cpb_fc1", 512, 2)
+            n.layer(f"{at}.attn.cpb_fc2", heads, 512)
+            n.layer(f"{at}.mlp.fc1", 2 * hidden, dim)
+            n.layer(f"{at}.mlp.dwconv.dwconv", hidden, 1, 3, 3)
+            n.layer(f"{at}.mlp.fc2", dim, hidden)
+        n.norm(f"norm{stage}", dim)
+        before = dim
+    n.layer("head", 1000, before)
+    return n
+
+
 # --- sizes ------------------------------------------------------------------------------------------------------------
 
 T, S, M, L = (2, 2, 2, 2), (3, 4, 6, 3), (3, 4, 18, 3), (3, 8, 27, 3)  # of PVT
@@ -431,6 +466,7 @@ RAVLT = {
     "b": ((96, 192, 384, 512), (4, 6, 12, 6), (1, 2, 6, 8)),
     "l": ((96, 192, 448, 640), (4, 7, 19, 8), (1, 2, 7, 10)),
 }
+NEXT_MICRO, NEXT_SMALL, NEXT_BASE = (48, 96, 192, 384), (72, 144, 288, 576), (96, 192, 384, 768)
 VAN = (64, 128, 320, 512)
 
 # Function, arguments, and the parameters that were measured on the authors' code.
@@ -533,5 +569,22 @@ RELEASES = {
     "litv2_small_alpha05": (litv2, (96, SWIN_T, 5), {}, 27_647_392),
     "litv2_small_alpha07": (litv2, (96, SWIN_T, 7), {}, 27_696_544),
     "litv2_small_alpha10": (litv2, (96, SWIN_T, 10), {}, 28_089_760),
+    "cswin_tiny_224": (cswin, (None, 64, (1, 2, 21, 1)), {}, 22_320_552),
+    "cswin_small_224": (cswin, (None, 64, SHORT), {}, 34_643_304),
+    "cswin_base_224": (cswin, (None, 96, SHORT), {}, 77_382_184),
+    "cswin_base_384": (cswin, (None, 96, SHORT), {}, 77_382_184),
+    "cswin_large_224": (cswin, (None, 144, SHORT), {}, 173_262_664),
+    "cswin_large_384": (cswin, (None, 144, SHORT), {}, 173_262_664),
+    "pvt_tiny": (pvt, (None, T), {}, 13_229_288),
+    "pvt_small": (pvt, (None, S), {}, 24_485_864),
+    "pvt_medium": (pvt, (None, M), {}, 44_208_104),
+    "pvt_large": (pvt, (None, L), {}, 61_369_320),
+    "transnext_micro": (transnext, (NEXT_MICRO, (2, 2, 15, 2)), {}, 12_809_304),
+    "transnext_tiny": (transnext, (NEXT_SMALL, (2, 2, 15, 2)), {}, 28_258_960),
+    "transnext_small": (transnext, (NEXT_SMALL, (5, 5, 22, 5)), {}, 49_741_564),
+    "transnext_base": (transnext, (NEXT_BASE, (5, 5, 23, 5)), {}, 89_721_496),
+    "transnext_small_384": (transnext, (NEXT_SMALL, (5, 5, 22, 5)), {}, 49_741_564),
+    "transnext_base_384": (transnext, (NEXT_BASE, (5, 5, 23, 5)), {}, 89_721_496),
+    "transnext_micro_aaaa_256": (transnext, (NEXT_MICRO, (2, 2, 15, 2), True), {}, 13_114_008),
     "flowformer": (flowformer, (), {}, 43_311_304),
 }

@@ -1,6 +1,7 @@
 """Attention operators as modules, one file per mechanism."""
 
 from visionattn.attention.agent import AgentAttention
+from visionattn.attention.aggregated import AggregatedAttention, LengthScaledAttention
 from visionattn.attention.bilevel import BiLevelRoutingAttention, LePEAttention
 from visionattn.attention.cross_shaped import CrossShapedAttention
 from visionattn.attention.flow import CrossFlowAttention, FlowAttention
@@ -28,6 +29,7 @@ from visionattn.attention.window import WindowAttention
 
 __all__ = [
     "AgentAttention",
+    "AggregatedAttention",
     "BiLevelRoutingAttention",
     "CircularWindowAttention",
     "CrossFlowAttention",
@@ -41,6 +43,7 @@ __all__ = [
     "InLineAttention",
     "LargeKernelAttention",
     "LePEAttention",
+    "LengthScaledAttention",
     "LinearAttention",
     "MagnitudeAwareAttention",
     "Mixer",

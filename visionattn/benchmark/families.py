@@ -36,6 +36,9 @@ FAMILIES = (
     "flatten_swin_t",
     "pola_swin_t",
     "slab_swin_t",
+    "cswin_tiny_224",
+    "pvt_tiny",
+    "transnext_micro",
 )
 # What PyTorch and oneDNN are told to use; a processor that lacks it has no such rows.
 CAPABILITIES = {

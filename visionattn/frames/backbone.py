@@ -1,6 +1,7 @@
 """The timm contract, written once: every backbone is a chain ``stem -> stages -> norm -> head``."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from timm.layers import get_device_dtype
@@ -68,6 +69,8 @@ class Backbone(nn.Module):
     """
 
     norm_fits_every_stage = False
+    feature_cls: str | None = None  # timm's wrapper for ``features_only``, if not that for stages that pass maps
+    num_prefix_tokens = 0  # of ``forward_features``, before the positions of a map
 
     def __init_subclass__(cls, **kwargs) -> None:
         super().__init_subclass__(**kwargs)
@@ -136,8 +139,16 @@ class Backbone(nn.Module):
         self.head.fc.requires_grad_(trainable)  # a frozen network stays frozen
         self.head_hidden_size = self.head.num_features
 
-    def feature_map(self, x: Tensor) -> Tensor:
+    def feature_map(self, x: Any) -> Tensor:
         """A stage's output as a map [B, C, H, W]."""
+        return x
+
+    def normed(self, x: Any) -> Any:
+        """The last stage's output behind the final norm, in the same form."""
+        return self.norm(x)
+
+    def features(self, x: Any) -> Tensor:
+        """What ``forward_features`` gives, of the last stage's output."""
         return x
 
     def forward_intermediates(
@@ -178,15 +189,15 @@ class Backbone(nn.Module):
                 break
             x = stage(x)
             if i == last and norm:
-                x = self.norm(x)
+                x = self.normed(x)
             if i in take_indices:
                 y = self.feature_map(x)
                 intermediates.append(y if output_fmt == "NCHW" else y.permute(0, 2, 3, 1))
             if i == last and not norm:
-                x = self.norm(x)
+                x = self.normed(x)
         if intermediates_only:
             return intermediates
-        return x, intermediates
+        return self.features(x), intermediates
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -284,7 +295,9 @@ def build_backbone(cls: type[Backbone], variant: str, pretrained: bool, **kwargs
     """
     filter_fn, kwargs = with_weights(variant, pretrained, kwargs)
     pyramid = issubclass(cls, Pyramid)
-    features = dict(out_indices=(0, 1, 2, 3)) if pyramid else dict(out_indices=4, feature_cls="getter")
+    features = dict(out_indices=(0, 1, 2, 3) if pyramid else 4)
+    if cls.feature_cls is not None:
+        features["feature_cls"] = cls.feature_cls
     return build_model_with_cfg(
         cls,
         variant,

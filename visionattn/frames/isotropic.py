@@ -91,6 +91,7 @@ class Isotropic(Backbone):
     """
 
     norm_fits_every_stage = True
+    feature_cls = "getter"
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 from visionattn.hosts.cswin import CSwin
 from visionattn.hosts.deit import DeiT, DeiTGrid
-from visionattn.hosts.pvt import PVT, PVTv2
+from visionattn.hosts.pvt import PVT, ClassTokenPVT, PVTv2
 from visionattn.hosts.swin import Swin
 
-__all__ = ["CSwin", "DeiT", "DeiTGrid", "PVT", "PVTv2", "Swin"]
+__all__ = ["CSwin", "ClassTokenPVT", "DeiT", "DeiTGrid", "PVT", "PVTv2", "Swin"]

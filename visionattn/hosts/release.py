@@ -32,6 +32,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     """
     own = model.state_dict()
     state = rename_checkpoint(state_dict, (*model.release_rules, *RULES))
+    state = _split_positions(state, own)
     fitted = {name: fit_table(name, value, own[name]) if name in own else value for name, value in state.items()}
     _split_gate(fitted, own)
     _join_qkv(fitted, own)
@@ -66,6 +67,15 @@ def fit_table(name: str, value: Tensor, like: Tensor) -> Tensor:
     if leaf == "relative_position_bias_table":
         return resize_tokens(value, (math.isqrt(len(like)),) * 2, name=name)
     return value
+
+
+def _split_positions(state: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The row of the class token stands before those of the map in PVT's last table."""
+    for token in [name for name in own if name.endswith(".cls_embed") and name not in state]:
+        table = token.removesuffix("cls_embed") + "pos_embed"
+        if table in state and state[table].dim() == 3:
+            state = {**state, token: state[table][:, :1], table: state[table][:, 1:]}
+    return state
 
 
 def _join_qkv(state: dict[str, Tensor], own: dict[str, Tensor]) -> None:
