@@ -10,11 +10,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visionattn.kernels.common import twice
 from visionattn.kernels.common.backend import choose
 from visionattn.kernels.common.checks import (
     check_extent,
@@ -29,7 +31,7 @@ from visionattn.kernels.common.flops import flop_formula
 from visionattn.kernels.common.jit import jit, tl
 from visionattn.kernels.common.launch import Launch, pointer
 from visionattn.kernels.common.layout import channels_last, is_channels_last
-from visionattn.kernels.common.mode import autocast, exporting, forward_mode
+from visionattn.kernels.common.mode import autocast, exporting, forward_mode, within_transform
 from visionattn.kernels.common.precision import accumulator, precise_dtype
 
 __all__ = ["depthwise_conv2d"]
@@ -316,12 +318,15 @@ def _(grad, x, kernel_side, dilation):
 
 
 def _save(ctx, inputs, output):
-    x, weight, _, ctx.dilation = inputs
-    ctx.save_for_backward(x, weight)
+    *tensors, ctx.dilation = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx, grad):
-    x, weight = ctx.saved_tensors
+    if within_transform(grad):  # of which the operators below, though they can be differentiated, know nothing
+        form = partial(depthwise_conv2d_reference, dilation=ctx.dilation)
+        return *twice.gradients(form, grad, ctx.saved_tensors), None
+    x, weight, _ = ctx.saved_tensors
     grad = channels_last(grad)
     grad_x = grad_weight = grad_bias = None
     if ctx.needs_input_grad[0]:
@@ -341,8 +346,9 @@ def _save_weight_grad(ctx, inputs, output):
 
 def _backward_weight_grad(ctx, grad_weight, grad_bias):
     grad, x = ctx.saved_tensors
-    grad_grad = _depthwise(x, grad_weight, grad_bias, ctx.dilation) if ctx.needs_input_grad[0] else None
-    grad_x = _depthwise(grad, grad_weight.flip(2, 3), None, ctx.dilation) if ctx.needs_input_grad[1] else None
+    convolve = depthwise_conv2d_reference if within_transform(grad_weight) else _depthwise
+    grad_grad = convolve(x, grad_weight, grad_bias, ctx.dilation) if ctx.needs_input_grad[0] else None
+    grad_x = convolve(grad, grad_weight.flip(2, 3), None, ctx.dilation) if ctx.needs_input_grad[1] else None
     return grad_grad, grad_x, None, None
 
 

@@ -114,7 +114,7 @@ def _save(ctx, inputs, output):
 def _backward(ctx, grad, grad_lse):
     if grad is None:
         return (None,) * 7
-    if torch.is_grad_enabled():  # somebody wants to differentiate this, too
+    if twice.wanted(grad):
         q, k, v, routes = ctx.saved_tensors[:4]
         return *twice.gradients(partial(_again, routes, ctx.arguments), grad, (q, k, v)), *(None,) * 4
     return *_bilevel_backward(last_contiguous(grad), *ctx.saved_tensors, *ctx.arguments), *(None,) * 4

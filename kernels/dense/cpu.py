@@ -74,10 +74,6 @@ def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _positions(F.conv2d(_maps(x, samples, zeros), weight[:, :, None, None], bias), x)
 
 
-def _multiplied(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return _pointwise(x, weight, bias, "none", [], "")
-
-
 _pointwise = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
@@ -96,7 +92,7 @@ class _Multiplied(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight, bias = ctx.saved_tensors
-        if torch.is_grad_enabled():  # somebody wants to differentiate this, too
+        if twice.wanted(grad):
             return twice.gradients(F.linear, grad, (x, weight, bias))
         return _multiplied_gradients(grad, x, weight, ctx.needs_input_grad)
 

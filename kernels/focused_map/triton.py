@@ -76,7 +76,7 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    if torch.is_grad_enabled():  # somebody wants to differentiate this, too
+    if twice.wanted(grad):
         dx, dfactor = twice.gradients(partial(_again, ctx.power), grad, ctx.saved_tensors)
         return dx, dfactor, None
     return *_focused_backward(last_contiguous(grad), *ctx.saved_tensors, ctx.power), None

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from visionattn.kernels.common.launch import Launch, pointer, power_of_2
-from visionattn.kernels.common.precision import accumulator, precise_dtype
+from visionattn.kernels.common.precision import accumulator, precise_dtype, tf32_allowed
 from visionattn.kernels.linear_attn.triton_kernels import (
     linear_keys,
     linear_keys_bwd,
@@ -51,7 +51,7 @@ def steps(length: int, heads: int, block: int) -> int:
 
 def precision(dtype: torch.dtype, hip: bool) -> str:
     """How products are formed: TF32 for 16-bit inputs, whose rounding it does not add to, and where the user allows."""
-    tf32 = not hip and (dtype.itemsize == 2 or torch.backends.cuda.matmul.allow_tf32)
+    tf32 = not hip and (dtype.itemsize == 2 or (dtype == torch.float32 and tf32_allowed()))
     return "tf32" if tf32 else "ieee"
 
 

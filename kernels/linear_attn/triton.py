@@ -171,7 +171,7 @@ def _backward(ctx, grad, *_):
     if grad is None:
         return (None,) * 13
     tensors = ctx.saved_tensors
-    if torch.is_grad_enabled():  # somebody wants to differentiate this, too
+    if twice.wanted(grad):
         return *twice.gradients(partial(_again, ctx.arguments), grad, tensors[:8]), *(None,) * 5
     weights, residual, gate = tensors[3], tensors[6], tensors[7]
     grad = last_contiguous(grad)

@@ -224,7 +224,7 @@ def _backward(ctx, grad, grad_lse):
     if grad is None:
         return (None,) * 7
     qkv, bias, padding, out, lse = ctx.saved_tensors
-    if torch.is_grad_enabled():  # somebody wants to differentiate this, too
+    if twice.wanted(grad):
         return *twice.gradients(partial(_again, ctx.arguments), grad, (qkv, bias, padding)), *(None,) * 4
     wanted = ctx.needs_input_grad
     grads = _window_backward(last_contiguous(grad), qkv, bias, padding, out, lse, *ctx.arguments, wanted[1])

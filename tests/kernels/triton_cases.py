@@ -5,6 +5,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 from tests.kernels.cases import DEVICE, DTYPES
+from tests.kernels.test_derivatives import CASES, check_tangents_of_the_backward_pass
 from visionattn.kernels import depthwise, depthwise_conv2d, gated_pointwise, use_backend
 
 # Sums in another order than the reference's. Half precision: the reference rounds between its operators, too.
@@ -140,6 +141,19 @@ def test_derivatives_of_first_and_second_order():
         # Not the last bit alike on every run on a GPU: cuBLAS, in the gradients of the pointwise convolution.
         assert gradcheck(function, tensors, fast_mode=True, nondet_tol=1e-12)
         assert gradgradcheck(function, tensors, fast_mode=True, nondet_tol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "case", ["depthwise", "gated", "neighborhood, biased", "window, biased and padded", "bilevel", "linear", "focused"]
+)
+def test_a_recorded_pass_within_a_transform_leaves_the_kernels(case):
+    shapes, function = CASES[case]
+    tensors = make(*shapes, dtype=torch.float64)
+    out = function(*tensors, backend="triton")
+    check_tangents_of_the_backward_pass(out, tensors)
+    several = torch.randn(2, *out.shape, dtype=out.dtype, device=DEVICE)
+    mapped = torch.autograd.grad(out, tensors, several, is_grads_batched=True, retain_graph=True)
+    torch.testing.assert_close(tuple(g[1] for g in mapped), torch.autograd.grad(out, tensors, several[1]))
 
 
 def test_two_backward_passes_are_bit_identical():
