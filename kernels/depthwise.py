@@ -27,6 +27,7 @@ from visionattn.kernels.common.checks import (
     check_tensors,
     unsupported_map,
 )
+from visionattn.kernels.common.custom_op import custom_op
 from visionattn.kernels.common.flops import flop_formula
 from visionattn.kernels.common.jit import jit, tl
 from visionattn.kernels.common.launch import Launch, pointer
@@ -276,7 +277,7 @@ def _launch(x: Tensor, kernel_side: int, dilation: int) -> tuple[dict, tuple, in
     return config, (B * H * runs_per_row, runs_per_row, C, H, W, dilation), -(-C // config["BLOCK_C"])
 
 
-@torch.library.custom_op("visionattn::depthwise_conv2d", mutates_args=())
+@custom_op("depthwise_conv2d")
 def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
     """Returns channels_last, whatever the format of x."""
     out = torch.empty_like(x, memory_format=_CHANNELS_LAST)
@@ -296,7 +297,7 @@ def _(x, weight, bias, dilation):
     return torch.empty_like(x, memory_format=_CHANNELS_LAST)
 
 
-@torch.library.custom_op("visionattn::depthwise_conv2d_weight_grad", mutates_args=())
+@custom_op("depthwise_conv2d_weight_grad")
 def _depthwise_weight_grad(grad: Tensor, x: Tensor, kernel_side: int, dilation: int) -> tuple[Tensor, Tensor]:
     """Gradients of weight and bias: partial sums first, then their sum, without atomics."""
     K, C = kernel_side, x.shape[1]

@@ -15,6 +15,7 @@ from torch import Tensor
 from visionattn.kernels.common import twice
 from visionattn.kernels.common.backend import choose
 from visionattn.kernels.common.checks import check_filled, check_floating, check_same, check_tensors, unsupported_map
+from visionattn.kernels.common.custom_op import custom_op
 from visionattn.kernels.common.flops import flop_formula
 from visionattn.kernels.common.jit import jit, tl
 from visionattn.kernels.common.launch import Launch, pointer
@@ -88,7 +89,7 @@ def launches(dtype: torch.dtype, hip: bool) -> Iterator[Launch]:
             yield Launch(gated_pointwise_fwd, config | {"PRECISION": precision}, arguments, precision == "ieee")
 
 
-@torch.library.custom_op("visionattn::gated_pointwise", mutates_args=())
+@custom_op("gated_pointwise")
 def _gated_pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor) -> Tensor:
     """Returns channels_last, whatever the format of x and gate."""
     out = _empty_result(x, gate)

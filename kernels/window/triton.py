@@ -18,6 +18,7 @@ from torch import Tensor
 
 from visionattn.kernels.common import twice
 from visionattn.kernels.common.checks import unsupported_count, unsupported_dtype
+from visionattn.kernels.common.custom_op import custom_op
 from visionattn.kernels.common.flops import flop_formula
 from visionattn.kernels.common.launch import in_base_2, strides
 from visionattn.kernels.common.layout import last_contiguous
@@ -88,7 +89,7 @@ def _partial(lse: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, device=lse.device, dtype=lse.dtype)
 
 
-@torch.library.custom_op("visionattn::window_attention", mutates_args=())
+@custom_op("window_attention", rows=("qkv",))
 def _window(
     qkv: Tensor,
     bias: Tensor | None,
@@ -122,7 +123,7 @@ def _(qkv, bias, padding, window_size, shift, masked, scale):
     return _empty_results(qkv)
 
 
-@torch.library.custom_op("visionattn::window_attention_backward", mutates_args=())
+@custom_op("window_attention_backward", rows=("grad", "qkv"), whole=("out", "lse"))
 def _window_backward(
     grad: Tensor,
     qkv: Tensor,

@@ -50,11 +50,12 @@ def compiled(launch: Launch, target: GPUTarget):
 
 
 def resources(program) -> dict[str, int]:
-    """Registers per thread, spills (bytes; on AMD registers) and shared memory of a compiled kernel."""
+    """Registers per thread, spills (bytes; on AMD registers, scalar ones besides) and shared memory of a kernel."""
     shared = program.metadata.shared
     if "amdgcn" in program.asm:
-        found = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", program.asm["amdgcn"]))
-        return {"registers": int(found["vgpr_count"]), "spilled": int(found["vgpr_spill_count"]), "shared": shared}
+        found = dict(re.findall(r"\.([vs]gpr_(?:spill_)?count):\s+(\d+)", program.asm["amdgcn"]))
+        names = {"registers": "vgpr_count", "spilled": "vgpr_spill_count", "scalars_spilled": "sgpr_spill_count"}
+        return {name: int(found[key]) for name, key in names.items()} | {"shared": shared}
     name = re.search(r"\.target\s+(sm_\w+)", program.asm["ptx"])[1]
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
         ptx.write(program.asm["ptx"])
@@ -63,7 +64,8 @@ def resources(program) -> dict[str, int]:
         command = [ptxas, "-v", f"--gpu-name={name}", ptx.name, "-o", "/dev/null"]
         log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     spilled = sum(map(int, re.findall(r"(\d+) bytes spill", log)))
-    return {"registers": int(re.search(r"Used (\d+) registers", log)[1]), "spilled": spilled, "shared": shared}
+    used = int(re.search(r"Used (\d+) registers", log)[1])  # the compiler knows of no scalar registers
+    return {"registers": used, "spilled": spilled, "scalars_spilled": 0, "shared": shared}
 
 
 def main() -> None:
