@@ -68,6 +68,16 @@ def resources(program) -> dict[str, int]:
     return {"registers": used, "spilled": spilled, "scalars_spilled": 0, "shared": shared}
 
 
+# Of an SM or a compute unit: registers of 32 bits for all threads, how many one thread gets at a time, threads of a warp.
+FILES = {"cuda": (65_536, 8, 32), "hip": (131_072, 8, 64)}
+
+
+def programs(row: dict, target: GPUTarget, warps: int) -> int:
+    """How many programs the registers of one SM hold."""
+    registers, unit, threads = FILES[target.backend]
+    return registers // (-(-row["registers"] // unit) * unit * threads * warps)
+
+
 def main() -> None:
     target, dtypes, extent, *names = sys.argv[1:]
     rows = []
@@ -78,7 +88,8 @@ def main() -> None:
                 if (extent == "every" or launch.typical) and (not names or name in names):
                     row = {"kernel": name, "dtype": dtype, "may_spill": launch.may_spill}
                     row |= {name: value for name, value in launch.constants.items() if name != "ACC"}
-                    rows.append(row | resources(compiled(launch, TARGETS[target])))
+                    row |= resources(compiled(launch, TARGETS[target]))
+                    rows.append(row | {"programs": programs(row, TARGETS[target], row.get("num_warps", 4))})
     print(json.dumps(rows))
 
 
