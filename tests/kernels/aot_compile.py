@@ -68,7 +68,7 @@ def resources(program) -> dict[str, int]:
     return {"registers": used, "spilled": spilled, "scalars_spilled": 0, "shared": shared}
 
 
-# Of an SM or a compute unit: registers of 32 bits for all threads, how many one thread gets at a time, threads of a warp.
+# Of an SM or a compute unit: its registers of 32 bits, in what steps a thread gets them, threads of a warp.
 FILES = {"cuda": (65_536, 8, 32), "hip": (131_072, 8, 64)}
 
 
