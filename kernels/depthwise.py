@@ -10,11 +10,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visionattn.kernels.common import twice
 from visionattn.kernels.common.backend import choose
 from visionattn.kernels.common.checks import (
     check_extent,
@@ -25,11 +27,20 @@ from visionattn.kernels.common.checks import (
     check_tensors,
     unsupported_map,
 )
+from visionattn.kernels.common.custom_op import custom_op
 from visionattn.kernels.common.flops import flop_formula
 from visionattn.kernels.common.jit import jit, tl
 from visionattn.kernels.common.launch import Launch, pointer
 from visionattn.kernels.common.layout import channels_last, is_channels_last
-from visionattn.kernels.common.mode import autocast, autocasting, compiling, eager, exporting, forward_mode
+from visionattn.kernels.common.mode import (
+    autocast,
+    autocasting,
+    compiling,
+    eager,
+    exporting,
+    forward_mode,
+    within_transform,
+)
 from visionattn.kernels.common.precision import accumulator, precise_dtype
 
 __all__ = ["depthwise_conv2d", "depthwise_conv2d_gelu"]
@@ -182,8 +193,11 @@ def _(grad, x, weight, dilation, needed):
 
 
 def _backward_cpu(ctx, grad):
+    if twice.wanted(grad):
+        form = partial(depthwise_conv2d_reference, dilation=ctx.dilation)
+        return *twice.gradients(form, grad, ctx.saved_tensors), None
     needed = list(ctx.needs_input_grad[:3])
-    found = _depthwise_cpu_backward(grad, *ctx.saved_tensors, ctx.dilation, needed)
+    found = _depthwise_cpu_backward(grad, *ctx.saved_tensors[:2], ctx.dilation, needed)
     return *(g if wanted else None for g, wanted in zip(found, needed, strict=True)), None
 
 
@@ -321,7 +335,7 @@ def _launch(x: Tensor, kernel_side: int, dilation: int) -> tuple[dict, tuple, in
     return config, (B * H * runs_per_row, runs_per_row, C, H, W, dilation), -(-C // config["BLOCK_C"])
 
 
-@torch.library.custom_op("visionattn::depthwise_conv2d", mutates_args=())
+@custom_op("depthwise_conv2d")
 def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
     """Returns channels_last, whatever the format of x."""
     out = torch.empty_like(x, memory_format=_CHANNELS_LAST)
@@ -342,7 +356,7 @@ def _(x, weight, bias, dilation):
     return torch.empty_like(x, memory_format=_CHANNELS_LAST)
 
 
-@torch.library.custom_op("visionattn::depthwise_conv2d_weight_grad", mutates_args=())
+@custom_op("depthwise_conv2d_weight_grad")
 def _depthwise_weight_grad(grad: Tensor, x: Tensor, kernel_side: int, dilation: int) -> tuple[Tensor, Tensor]:
     """Gradients of weight and bias: partial sums first, then their sum, without atomics."""
     K, C = kernel_side, x.shape[1]
@@ -364,12 +378,15 @@ def _(grad, x, kernel_side, dilation):
 
 
 def _save(ctx, inputs, output):
-    x, weight, _, ctx.dilation = inputs
-    ctx.save_for_backward(x, weight)
+    *tensors, ctx.dilation = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx, grad):
-    x, weight = ctx.saved_tensors
+    if within_transform(grad):  # of which the operators below, though they can be differentiated, know nothing
+        form = partial(depthwise_conv2d_reference, dilation=ctx.dilation)
+        return *twice.gradients(form, grad, ctx.saved_tensors), None
+    x, weight, _ = ctx.saved_tensors
     grad = channels_last(grad)
     grad_x = grad_weight = grad_bias = None
     if ctx.needs_input_grad[0]:
@@ -390,8 +407,9 @@ def _save_weight_grad(ctx, inputs, output):
 
 def _backward_weight_grad(ctx, grad_weight, grad_bias):
     grad, x = ctx.saved_tensors
-    grad_grad = _depthwise(x, grad_weight, grad_bias, ctx.dilation) if ctx.needs_input_grad[0] else None
-    grad_x = _depthwise(grad, grad_weight.flip(2, 3), None, ctx.dilation) if ctx.needs_input_grad[1] else None
+    convolve = depthwise_conv2d_reference if within_transform(grad_weight) else _depthwise
+    grad_grad = convolve(x, grad_weight, grad_bias, ctx.dilation) if ctx.needs_input_grad[0] else None
+    grad_x = convolve(grad, grad_weight.flip(2, 3), None, ctx.dilation) if ctx.needs_input_grad[1] else None
     return grad_grad, grad_x, None, None
 
 

@@ -12,14 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visionattn.kernels.common import twice
 from visionattn.kernels.common.backend import choose
 from visionattn.kernels.common.checks import check_filled, check_floating, check_same, check_tensors, unsupported_map
+from visionattn.kernels.common.custom_op import custom_op
 from visionattn.kernels.common.flops import flop_formula
 from visionattn.kernels.common.jit import jit, tl
 from visionattn.kernels.common.launch import Launch, pointer
 from visionattn.kernels.common.layout import channels_last, is_channels_last
-from visionattn.kernels.common.mode import autocast, autocasting
-from visionattn.kernels.common.precision import accumulator
+from visionattn.kernels.common.mode import autocast, autocasting, within_transform
+from visionattn.kernels.common.precision import accumulator, tf32_allowed
 
 __all__ = ["gated_pointwise"]
 
@@ -87,7 +89,7 @@ def launches(dtype: torch.dtype, hip: bool) -> Iterator[Launch]:
             yield Launch(gated_pointwise_fwd, config | {"PRECISION": precision}, arguments, precision == "ieee")
 
 
-@torch.library.custom_op("visionattn::gated_pointwise", mutates_args=())
+@custom_op("gated_pointwise")
 def _gated_pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor) -> Tensor:
     """Returns channels_last, whatever the format of x and gate."""
     out = _empty_result(x, gate)
@@ -96,7 +98,7 @@ def _gated_pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tenso
     B, C, H, W = x.shape
     D, M = weight.shape[0], B * H * W
     config = launch_config(C, D, x.dtype)
-    config |= {"ACC": accumulator(x.dtype), "PRECISION": _precision()}
+    config |= {"ACC": accumulator(x.dtype), "PRECISION": _precision(x.dtype)}
     grid = (-(-M // config["BLOCK_M"]) * -(-D // config["BLOCK_D"]),)
     x, gate = channels_last(x), channels_last(gate)
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
@@ -111,10 +113,9 @@ def _empty_result(x: Tensor, gate: Tensor) -> Tensor:
     return torch.empty_like(gate, dtype=dtype, memory_format=_CHANNELS_LAST)
 
 
-def _precision() -> str:
-    """How float32 products are formed: TF32 only where the user has allowed it for matrix products."""
-    tf32 = torch.backends.cuda.matmul.allow_tf32 and torch.version.hip is None
-    return "tf32" if tf32 else "ieee"
+def _precision(dtype: torch.dtype) -> str:
+    """How products are formed: float32 in TF32 only where the user has allowed it for matrix products."""
+    return "tf32" if dtype == torch.float32 and torch.version.hip is None and tf32_allowed() else "ieee"
 
 
 @_gated_pointwise.register_fake
@@ -127,6 +128,8 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
+    if within_transform(grad):  # of which the operator below knows nothing
+        return twice.gradients(gated_pointwise_reference, grad, ctx.saved_tensors)
     x, weight, bias, gate = ctx.saved_tensors
     grad = channels_last(grad)
     grad_x = grad_weight = grad_bias = grad_gate = None

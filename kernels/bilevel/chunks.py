@@ -89,7 +89,7 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         q, k, v, weights, index, out, *sums = ctx.saved_tensors
-        if torch.is_grad_enabled():  # somebody wants to differentiate this, too
+        if twice.wanted(grad):
             return *twice.gradients(partial(_again, index=index, scale=ctx.scale), grad, (q, k, v, weights)), None, None
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         dweights = None if weights is None else torch.empty_like(weights)

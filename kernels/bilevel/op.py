@@ -91,7 +91,8 @@ def bilevel_routing_attention(
         region: Tokens of a region per axis.
         topk: How many regions K to attend to: those whose mean key has the largest product with the mean query, over
             all heads together. No gradient flows through this choice.
-        routes: Instead of ``topk``, the regions that every region attends to. Integers [B, R, K]
+        routes: Instead of ``topk``, the regions that every region attends to, checked where that needs no waiting for
+            a GPU; in the kernels the tokens of a region that there is not count as zeros do. Integers [B, R, K]
         weights: Factors of the keys and values of each of ``routes`` (soft routing), or None. [B, R, K]
         key_region: Tokens of a region of keys per axis, if they were pooled; needs ``routes``.
         scale: Factor of the logits; None stands for D ** -0.5. BiFormer takes (h * D) ** -0.5.

@@ -23,6 +23,7 @@ from visionattn.kernels.bilevel.regions import count_regions, cut, find_routes, 
 from visionattn.kernels.bilevel.triton_kernels import bilevel_bwd_dkv, bilevel_bwd_dq, bilevel_fwd
 from visionattn.kernels.common import twice
 from visionattn.kernels.common.checks import unsupported_count, unsupported_dtype
+from visionattn.kernels.common.custom_op import custom_op
 from visionattn.kernels.common.flops import flop_formula
 from visionattn.kernels.common.launch import strides
 from visionattn.kernels.common.layout import last_contiguous
@@ -32,7 +33,7 @@ from visionattn.kernels.common.precision import precise, precise_dtype
 __all__ = ["bilevel_attention_triton", "bilevel_routing_attention_triton", "unsupported"]
 
 
-@torch.library.custom_op("visionattn::bilevel_attention", mutates_args=())
+@custom_op("bilevel_attention", rows=("q", "k", "v"), whole=("routes",))
 def _bilevel(
     q: Tensor, k: Tensor, v: Tensor, routes: Tensor, region: list[int], key_region: list[int], scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -55,7 +56,7 @@ def _(q, k, v, routes, region, key_region, scale):
     return _empty_results(q, v)
 
 
-@torch.library.custom_op("visionattn::bilevel_attention_backward", mutates_args=())
+@custom_op("bilevel_attention_backward", rows=("grad", "q", "k", "v"), whole=("routes", "out", "lse"))
 def _bilevel_backward(
     grad: Tensor,
     q: Tensor,
@@ -114,7 +115,7 @@ def _save(ctx, inputs, output):
 def _backward(ctx, grad, grad_lse):
     if grad is None:
         return (None,) * 7
-    if torch.is_grad_enabled():  # somebody wants to differentiate this, too
+    if twice.wanted(grad):
         q, k, v, routes = ctx.saved_tensors[:4]
         return *twice.gradients(partial(_again, routes, ctx.arguments), grad, (q, k, v)), *(None,) * 4
     return *_bilevel_backward(last_contiguous(grad), *ctx.saved_tensors, *ctx.arguments), *(None,) * 4

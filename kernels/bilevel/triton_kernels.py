@@ -34,12 +34,18 @@ def _offset(y, x, strides):
 
 
 @jit
-def _routed(routes, n, tokens, K, across, region, shape):
-    """Places of slots, which of them exist, and which of those lie in the map (the others are zeros)."""
+def _routed(routes, n, K, across, regions, region, shape):
+    """Places of slots, which of them exist, and which of those lie in the map (the others are zeros).
+
+    A route to a region that there is not leads out of the map; where Triton compiles for debugging, it is reported.
+    """
+    tokens = region[0] * region[1]
     exist = n < K * tokens
-    chosen = tl.load(routes + n // tokens, exist, other=0).to(tl.int32)
-    y, x, inside = _place(chosen, n % tokens, across, region, shape)
-    return y, x, exist, exist & inside
+    chosen = tl.load(routes + n // tokens, exist, other=0)
+    known = (chosen >= 0) & (chosen < regions)
+    tl.device_assert(known, "a route is not the number of a region", exist)
+    y, x, inside = _place(chosen.to(tl.int32), n % tokens, across, region, shape)
+    return y, x, exist, exist & known & inside
 
 
 @jit
@@ -67,7 +73,7 @@ def bilevel_fwd(
     acc = tl.zeros([BLOCK_M, BLOCK_E], ACC)
     for i in range(STEPS):
         n = i * BLOCK_N + tl.arange(0, BLOCK_N)
-        u_y, u_x, exist, inside = _routed(routes, n, key_region[0] * key_region[1], K, across, key_region, key_shape)
+        u_y, u_x, exist, inside = _routed(routes, n, K, across, regions, key_region, key_shape)
         keys = load_rows(k + _offset(u_y, u_x, k_strides), inside, D, BLOCK_D)
         values = load_rows(v + _offset(u_y, u_x, v_strides), inside, E, BLOCK_E)
         logits = tl.dot(rows, tl.trans(keys), input_precision=PRECISION, out_dtype=ACC) * scale
@@ -112,7 +118,7 @@ def bilevel_bwd_dq(
     acc = tl.zeros([BLOCK_M, BLOCK_D], ACC)
     for i in range(STEPS):
         n = i * BLOCK_N + tl.arange(0, BLOCK_N)
-        u_y, u_x, exist, inside = _routed(routes, n, key_region[0] * key_region[1], K, across, key_region, key_shape)
+        u_y, u_x, exist, inside = _routed(routes, n, K, across, regions, key_region, key_shape)
         keys = load_rows(k + _offset(u_y, u_x, k_strides), inside, D, BLOCK_D)
         values = load_rows(v + _offset(u_y, u_x, v_strides), inside, E, BLOCK_E)
         logits = tl.dot(rows, tl.trans(keys), input_precision=PRECISION, out_dtype=ACC) * scale
@@ -160,7 +166,7 @@ def bilevel_bwd_dkv(
     m = 0
     while m < slots:
         t = m + tl.arange(0, BLOCK_M)
-        t_y, t_x, _, t_in = _routed(sources, t, region[0] * region[1], viewers, across, region, shape)
+        t_y, t_x, _, t_in = _routed(sources, t, viewers, across, regions, region, shape)
         rows = load_rows(q + _offset(t_y, t_x, q_strides), t_in, D, BLOCK_D)
         grads = load_rows(grad + _offset(t_y, t_x, grad_strides), t_in, E, BLOCK_E)
         place = (image + _offset(t_y, t_x, out_strides)) // E

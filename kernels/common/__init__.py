@@ -11,6 +11,7 @@ machine     the processor and what PyTorch uses of it
 tuning      which of several equal forms runs on this processor, by the clock
 remembered  what earlier processes found by it
 cache       how many samples a CPU takes at a time
+custom_op   operators that launch kernels: on which device, on what strides
 jit         Triton, imported at the first launch
 rows        helpers of kernels that read and write rows
 launch      what launches of Triton kernels share, and how they are listed for the compiler

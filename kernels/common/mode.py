@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["autocast", "autocasting", "compiling", "eager", "exporting", "forward_mode", "transformed"]
+__all__ = [
+    "autocast",
+    "autocasting",
+    "compiling",
+    "eager",
+    "exporting",
+    "forward_mode",
+    "transformed",
+    "within_transform",
+]
 
 
 def exporting() -> bool:
@@ -36,8 +45,13 @@ def compiling() -> bool:
     return torch.compiler.is_compiling() and not exporting() and not transformed()
 
 
+def within_transform(x: Tensor) -> bool:
+    """Whether a tensor, such as a gradient, is mapped or carries tangents: also by ``is_grads_batched=True``."""
+    return transformed() or torch._C._functorch.is_legacy_batchedtensor(x)
+
+
 # A compiler asks once, while it traces, and cannot look inside.
-for _question in (transformed, forward_mode):
+for _question in (transformed, forward_mode, within_transform):
     _question._dynamo_marked_constant = True
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-__all__ = ["accumulator", "precise", "precise_dtype"]
+__all__ = ["accumulator", "precise", "precise_dtype", "tf32_allowed"]
 
 
 def precise_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -21,3 +21,14 @@ def accumulator(dtype: torch.dtype):
     import triton.language
 
     return triton.language.float64 if dtype == torch.float64 else triton.language.float32
+
+
+def tf32_allowed() -> bool:
+    """Whether the user lets matrix products of float32 be formed in TF32, by today's switch of PyTorch or the old one.
+
+    The old one raises where the two have been mixed; today's answers for both.
+    """
+    products = torch.backends.cuda.matmul
+    if hasattr(products, "fp32_precision"):
+        return products.fp32_precision == "tf32"
+    return products.allow_tf32

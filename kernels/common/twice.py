@@ -1,27 +1,35 @@
 """Gradients that can be differentiated again.
 
-A fast backward pass is opaque to autograd. Whoever wants to differentiate it, too (``create_graph=True``), has the
-gradients computed through a form of the operator that can be.
-
-A pass that nobody differentiates costs one look at ``torch.is_grad_enabled()``.
+A fast backward pass is opaque to autograd. Whoever wants to differentiate it, too (``create_graph=True``), or runs it
+within a transform (``is_grads_batched=True``, dual numbers), has the gradients computed through a form of the operator
+that knows how. A pass of which nobody wants more costs :func:`wanted`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from visionattn.kernels.common.mode import autocasting
+from visionattn.kernels.common.mode import autocasting, transformed, within_transform
 
-__all__ = ["Found", "Remade", "gradients", "remake", "stand_in", "watch"]
+__all__ = ["Found", "Remade", "gradients", "remake", "stand_in", "wanted", "watch"]
+
+Found = tuple[Tensor | None, ...]
+Remade = tuple[Callable[..., Tensor], Sequence[Tensor | None]]
+
+
+def wanted(grad: Tensor) -> bool:
+    """Whether a backward pass of ``grad`` is itself differentiated, mapped, or carries tangents along."""
+    return torch.is_grad_enabled() or within_transform(grad)
 
 
 def gradients(form: Callable[..., Tensor], grad: Tensor, tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """The gradients of ``form(*tensors)``, for the backward pass of an operator while gradients are enabled.
+    """The gradients of ``form(*tensors)``, for the backward pass of an operator where they are :func:`wanted`.
 
     Args:
         form: Computes what the operator does, in operators that can be differentiated any number of times.
@@ -31,18 +39,40 @@ def gradients(form: Callable[..., Tensor], grad: Tensor, tensors: Sequence[Tenso
     Returns:
         One for each tensor, None for those that need none.
     """
-    # A tensor that is given for two arguments must not get the sum of their gradients twice.
-    aliases = [t.view_as(t) if t is not None and t.requires_grad else t for t in tensors]
-    needed = [t for t in aliases if t is not None and t.requires_grad]
+    again = torch.is_grad_enabled()
+    if not again and transformed():
+        return _transformed_gradients(form, grad, tensors)
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        if autocasting(grad):
-            with torch.autocast(grad.device.type, enabled=False):
-                out = form(*aliases)
-        else:
+        # A tensor that is given for two arguments must not get the sum of their gradients twice.
+        aliases = [t.view_as(t) if t is not None and t.requires_grad else t for t in tensors]
+        needed = [t for t in aliases if t is not None and t.requires_grad]
+        with _full_precision(grad):
             out = form(*aliases)
-        found = torch.autograd.grad(out, needed, grad.to(out.dtype), create_graph=True, allow_unused=True)
+        found = torch.autograd.grad(out, needed, grad.to(out.dtype), create_graph=again, allow_unused=True)
     results = iter(found)
     return tuple(next(results) if t is not None and t.requires_grad else None for t in aliases)
+
+
+def _transformed_gradients(form: Callable, grad: Tensor, tensors: Sequence[Tensor | None]) -> Found:
+    """As :func:`gradients`, by a transform within the one that runs, whose tensors do not say what they require."""
+    places = [i for i, t in enumerate(tensors) if t is not None and t.requires_grad]
+
+    def of_needed(*needed: Tensor) -> Tensor:
+        arguments = list(tensors)
+        for i, t in zip(places, needed, strict=True):
+            arguments[i] = t
+        return form(*arguments)
+
+    with _full_precision(grad):
+        out, pull = torch.func.vjp(of_needed, *(tensors[i] for i in places))
+    found: list[Tensor | None] = [None] * len(tensors)
+    for i, gradient in zip(places, pull(grad.to(out.dtype)), strict=True):
+        found[i] = gradient
+    return tuple(found)
+
+
+def _full_precision(x: Tensor) -> AbstractContextManager:
+    return torch.autocast(x.device.type, enabled=False) if autocasting(x) else nullcontext()
 
 
 def stand_in(x: Tensor) -> Tensor:
@@ -53,10 +83,6 @@ def stand_in(x: Tensor) -> Tensor:
     they come as the gradient of this result, to be added to that of ``x``.
     """
     return x.new_zeros(()).expand(x.shape)
-
-
-Found = tuple[Tensor | None, ...]
-Remade = tuple[Callable[..., Tensor], Sequence[Tensor | None]]
 
 
 def watch(out: Tensor, kind: str, again: Callable[[Found, tuple[Tensor, ...]], Found | None]) -> None:
@@ -90,7 +116,7 @@ def remake(read: Callable[[Any, Tensor], Remade], found: Found, grads: tuple[Ten
     Returns:
         The gradients; None if ``found`` will do.
     """
-    if not torch.is_grad_enabled() or grads[0] is None:
+    if grads[0] is None or not wanted(grads[0]):
         return None
     form, tensors = read(torch._C._current_autograd_node(), grads[0])
     again = gradients(form, grads[0], tensors)

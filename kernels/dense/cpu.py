@@ -92,7 +92,7 @@ class _Multiplied(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight, bias = ctx.saved_tensors
-        if torch.is_grad_enabled():  # somebody wants to differentiate this, too
+        if twice.wanted(grad):
             return twice.gradients(F.linear, grad, (x, weight, bias))
         return _multiplied_gradients(grad, x, weight, ctx.needs_input_grad)
 

@@ -33,7 +33,7 @@ class Focused(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
         x, divisor = ctx.saved_tensors
-        if torch.is_grad_enabled():  # somebody wants to differentiate this, too
+        if twice.wanted(grad):
             dx, ddivisor = twice.gradients(lambda x, d: focused_export(x, ctx.power, d), grad, (x, divisor))
             return dx, None, ddivisor
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)

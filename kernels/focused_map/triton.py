@@ -14,6 +14,7 @@ from torch import Tensor
 
 from visionattn.kernels.common import twice
 from visionattn.kernels.common.checks import unsupported_count, unsupported_dtype
+from visionattn.kernels.common.custom_op import custom_op
 from visionattn.kernels.common.layout import last_contiguous
 from visionattn.kernels.common.precision import precise_dtype
 from visionattn.kernels.focused_map.export import focused_export
@@ -23,7 +24,7 @@ from visionattn.kernels.focused_map.triton_kernels import focused_bwd, focused_f
 __all__ = ["focused_triton", "unsupported"]
 
 
-@torch.library.custom_op("visionattn::focused", mutates_args=())
+@custom_op("focused", rows=("x",), whole=("factor",))
 def _focused(x: Tensor, factor: Tensor, power: float) -> Tensor:
     """[B, N, C], whose channels are contiguous, and [C] to [B, N, C]"""
     out = _empty_result(x)
@@ -43,7 +44,7 @@ def _(x, factor, power):
     return _empty_result(x)
 
 
-@torch.library.custom_op("visionattn::focused_backward", mutates_args=())
+@custom_op("focused_backward", rows=("grad", "x"), whole=("factor",))
 def _focused_backward(grad: Tensor, x: Tensor, factor: Tensor, power: float) -> tuple[Tensor, Tensor]:
     """The gradients of x and factor."""
     dx, dfactor = _empty_gradients(x, factor)
@@ -76,7 +77,7 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    if torch.is_grad_enabled():  # somebody wants to differentiate this, too
+    if twice.wanted(grad):
         dx, dfactor = twice.gradients(partial(_again, ctx.power), grad, ctx.saved_tensors)
         return dx, dfactor, None
     return *_focused_backward(last_contiguous(grad), *ctx.saved_tensors, ctx.power), None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
 
 from visionattn.kernels.common.launch import Launch, pointer, power_of_2
-from visionattn.kernels.common.precision import accumulator, precise_dtype
+from visionattn.kernels.common.precision import accumulator, precise_dtype, tf32_allowed
 from visionattn.kernels.linear_attn.triton_kernels import (
     linear_keys,
     linear_keys_bwd,
@@ -51,7 +52,7 @@ def steps(length: int, heads: int, block: int) -> int:
 
 def precision(dtype: torch.dtype, hip: bool) -> str:
     """How products are formed: TF32 for 16-bit inputs, whose rounding it does not add to, and where the user allows."""
-    tf32 = not hip and (dtype.itemsize == 2 or torch.backends.cuda.matmul.allow_tf32)
+    tf32 = not hip and (dtype.itemsize == 2 or (dtype == torch.float32 and tf32_allowed()))
     return "tf32" if tf32 else "ieee"
 
 
@@ -62,19 +63,22 @@ def constants(kernel: str, D: int, V: int, dtype: torch.dtype, hip: bool, **form
 
 
 def launches(dtype: torch.dtype, hip: bool) -> Iterator[Launch]:
-    """What is compiled ahead of time: the form with every part, at several widths."""
-    x, sums = pointer(dtype), pointer(precise_dtype(dtype))
+    """What is compiled ahead of time: the form with every part, at several widths, also of features in float32."""
+    sums = pointer(precise_dtype(dtype))
     tables = {"cos": sums, "sin": sums}
     key_form = {"MAP": "elu+1", "ROTARY": True, "WEIGHTED": True}
     query_form = {"MAP": "elu+1", "ROTARY": True, "NORMALIZER": "magnitude", "RESIDUAL": True, "GATE": True}
-    numbers = {"heads": "i32", "N": "i32", "M": "i32", "scale": "fp32", "eps": "fp32"}
-    for D, V in ((64, 64), (96, 96), (32, 32), (24, 24)):
-        if max(D, V) > MAX_WIDTH[dtype.itemsize]:
+    numbers = {"heads": "i32", "N": "i32", "M": "i32"}
+    numbers |= dict.fromkeys(("scale", "scale_low", "eps", "eps_low"), "fp32")
+    widths = ((64, 64), (96, 96), (32, 32), (24, 24))
+    for features, (D, V) in itertools.product({dtype: None, precise_dtype(dtype): None}, widths):
+        if max(D, V) > MAX_WIDTH[features.itemsize]:
             continue
+        f, x = pointer(features), pointer(dtype)
         three = ("i32:16" if D % 16 == 0 else "i32",) * 3
-        keys = {"k": x, "v": x, "weights": sums, **tables}
+        keys = {"k": f, "v": x, "weights": sums, **tables}
         key_sizes = {"k_strides": three, "v_strides": three, "w_strides": ("i32",) * 3, "heads": "i32", "M": "i32"}
-        queries = {"q": x, **tables, "state": sums, "key_sum": sums, "value_mean": sums, "residual": x, "gate": x}
+        queries = {"q": f, **tables, "state": sums, "key_sum": sums, "value_mean": sums, "residual": x, "gate": x}
         query_sizes = {f"{name}_strides": three for name in "qrg"} | numbers
         gradients = {"dstate": sums, "dkey_sum": sums}
         rows = (
@@ -84,14 +88,14 @@ def launches(dtype: torch.dtype, hip: bool) -> Iterator[Launch]:
                 linear_queries_bwd,
                 QUERIES_BWD,
                 query_form,
-                {"grad": x, **queries, "dq": x, "dgate": x, **gradients, "dvalue_sum": sums, "o_strides": three}
+                {"grad": x, **queries, "dq": f, "dgate": x, **gradients, "dvalue_sum": sums, "o_strides": three}
                 | query_sizes,
             ),
             (
                 linear_keys_bwd,
                 KEYS_BWD,
                 key_form,
-                keys | gradients | {"dvalue_mean": sums, "dk": x, "dv": x, "dweights": sums} | key_sizes,
+                keys | gradients | {"dvalue_mean": sums, "dk": f, "dv": x, "dweights": sums} | key_sizes,
             ),
         )
         for kernel, name, form, arguments in rows:
@@ -99,4 +103,4 @@ def launches(dtype: torch.dtype, hip: bool) -> Iterator[Launch]:
             config = constants(name, D, V, dtype, hip, **form, **split)
             # Triton 3.9 gets by without it; 3.8 spills about 1300 bytes a thread of the widest heads.
             may_spill = dtype == torch.float64 or (name == QUERIES_BWD and D > 64)
-            yield Launch(kernel, config, arguments, (D, V) == (64, 64), may_spill)
+            yield Launch(kernel, config, arguments, (D, V) == (64, 64) and features == dtype, may_spill)

@@ -165,7 +165,7 @@ def linear_attention(
     if rotary is not None and not exporting():
         _check_turns(rotary, q.shape[-1], k.shape[-1])
     form = Form(query_map, key_map, normalizer, scale, float(eps), rank_augmented, causal)
-    chosen = choose("linear_attention", q, backend, lambda: unsupported(q, v, form))
+    chosen = choose("linear_attention", q, backend, lambda: unsupported(q, k, v, form))
     with cast:
         out = _IMPLEMENTATIONS[chosen](q, k, v, form, rotary, key_weights, residual, gate)
     return out.unflatten(1, spatial) if len(spatial) > 1 else out

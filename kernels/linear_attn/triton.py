@@ -9,7 +9,9 @@ from torch import Tensor
 
 from visionattn.kernels.common import twice
 from visionattn.kernels.common.checks import unsupported_dtype
+from visionattn.kernels.common.custom_op import custom_op
 from visionattn.kernels.common.flops import flop_formula
+from visionattn.kernels.common.launch import halves
 from visionattn.kernels.common.layout import last_contiguous
 from visionattn.kernels.common.precision import precise, precise_dtype
 from visionattn.kernels.linear_attn.forms import Form, epilogue, features, global_weights, mix
@@ -32,6 +34,7 @@ from visionattn.kernels.linear_attn.triton_kernels import (
 __all__ = ["linear_attention_triton", "unsupported"]
 
 IN_KERNEL = ("identity", "relu", "relu2", "elu+1", "exp")  # all other maps are applied before
+ROWS = ("q", "k", "v", "residual", "gate")
 
 
 def _constants(kernel: str, q: Tensor, v: Tensor, **form) -> dict:
@@ -55,7 +58,7 @@ def _sums(q: Tensor, v: Tensor, parts: int) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(torch.empty(rows + shape, device=q.device, dtype=dtype) for shape in shapes)
 
 
-@torch.library.custom_op("visionattn::linear_attention", mutates_args=())
+@custom_op("linear_attention", rows=ROWS, whole=("cos", "sin"))
 def _linear(
     q: Tensor,
     k: Tensor,
@@ -91,7 +94,7 @@ def _linear(
     config |= {"RESIDUAL": residual is not None, "GATE": gate is not None}
     linear_queries[(B * h, -(-N // config["BLOCK_N"]))](
         q, _or(cos, q), _or(sin, q), state, key_sum, mean, _or(residual, q), _or(gate, q), out,
-        *map(_steps_of, (q, residual, gate)), h, N, max(M, 1), scale, eps, **config,
+        *map(_steps_of, (q, residual, gate)), h, N, max(M, 1), *halves(scale), *halves(eps), **config,
     )  # fmt: skip
     return out, state, key_sum, mean
 
@@ -106,7 +109,11 @@ def _(q, k, v, *args):
     return _empty_results(q, v)
 
 
-@torch.library.custom_op("visionattn::linear_attention_backward", mutates_args=())
+@custom_op(
+    "linear_attention_backward",
+    rows=("grad", "q", "k", "v", "residual", "gate"),
+    whole=("cos", "sin", "state", "key_sum", "mean"),
+)
 def _linear_backward(
     grad: Tensor,
     q: Tensor,
@@ -139,7 +146,7 @@ def _linear_backward(
     sums = _sums(q, v, parts)
     linear_queries_bwd[(B * h, parts)](
         grad, q, _or(cos, q), _or(sin, q), state, key_sum, mean, _or(residual, q), _or(gate, q), dq, dgate, *sums,
-        *map(_steps_of, (grad, q, residual, gate)), h, N, M, scale, eps, **config,
+        *map(_steps_of, (grad, q, residual, gate)), h, N, M, *halves(scale), *halves(eps), **config,
     )  # fmt: skip
     dstate, dkey_sum, dmean = (part.sum(0) for part in sums)
     config = _constants(KEYS_BWD, k, v, MAP=key_map, ROTARY=rotary, WEIGHTED=weights is not None)
@@ -171,7 +178,7 @@ def _backward(ctx, grad, *_):
     if grad is None:
         return (None,) * 13
     tensors = ctx.saved_tensors
-    if torch.is_grad_enabled():  # somebody wants to differentiate this, too
+    if twice.wanted(grad):
         return *twice.gradients(partial(_again, ctx.arguments), grad, tensors[:8]), *(None,) * 5
     weights, residual, gate = tensors[3], tensors[6], tensors[7]
     grad = last_contiguous(grad)
@@ -231,13 +238,16 @@ def linear_attention_triton(
     return _linear(q, k, v, key_weights, cos, sin, *epilogue, *maps, form.normalizer, form.scale, form.eps)[0]
 
 
-def unsupported(q: Tensor, v: Tensor, form: Form) -> str | None:
+def unsupported(q: Tensor, k: Tensor, v: Tensor, form: Form) -> str | None:
     """What of a call the Triton kernels do not cover, ``None`` if they cover it."""
-    if reason := unsupported_dtype(q, v):
+    if reason := unsupported_dtype(q, k, v):
         return reason
     if form.causal:
         return "it is causal, the kernels sum over all keys"
-    widest = MAX_WIDTH[max(q.dtype, v.dtype, key=lambda dtype: dtype.itemsize).itemsize]
+    launched = [v.dtype]
+    for x, feature_map in ((q, form.query_map), (k, form.key_map)):
+        launched.append(x.dtype if feature_map in IN_KERNEL else precise_dtype(x.dtype))
+    widest = MAX_WIDTH[max(dtype.itemsize for dtype in launched)]
     if q.shape[-1] % 2 or max(q.shape[-1], v.shape[-1]) > widest:
         return f"the head dims are {q.shape[-1]} and {v.shape[-1]}, the kernels cover even ones up to {widest}"
     if q.shape[0] * q.shape[2] >= 2**31 or max(q.shape[1], v.shape[1]) // 16 > 65535:

@@ -67,6 +67,12 @@ def _tile(x, rows, columns, inside, ACC: tl.constexpr):
 
 
 @jit
+def _sum(high, low, ACC: tl.constexpr):
+    """A number that is given as two of float32."""
+    return tl.full([], high, ACC) + tl.full([], low, ACC)
+
+
+@jit
 def _coefficients(t, scale, eps, count, NORMALIZER: tl.constexpr):
     """a(t), b(t) and their derivatives."""
     part = scale / count
@@ -153,7 +159,7 @@ def _load_sums(state, key_sum, program, d, c, D: tl.constexpr, V: tl.constexpr):
 @jit
 def linear_queries(
     q, cos, sin, state, key_sum, value_mean, residual, gate, out, q_strides, r_strides, g_strides,
-    heads, N, M, scale, eps,
+    heads, N, M, scale, scale_low, eps, eps_low,
     D: tl.constexpr, V: tl.constexpr, MAP: tl.constexpr, NORMALIZER: tl.constexpr, ROTARY: tl.constexpr,
     RESIDUAL: tl.constexpr, GATE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
@@ -172,6 +178,7 @@ def linear_queries(
         a, b = _rotated(a, b, *_angles(cos, sin, n, d, inside, D, ACC))
     y = tl.dot(a, even, input_precision=PRECISION, out_dtype=ACC)
     y += tl.dot(b, odd, input_precision=PRECISION, out_dtype=ACC)
+    scale, eps = _sum(scale, scale_low, ACC), _sum(eps, eps_low, ACC)
     factor, shift, _, _ = _coefficients(t, scale, eps, M, NORMALIZER)
     mean = tl.load(value_mean + program * V + c, c < V, other=0.0)
     y = y * factor[:, None] + shift[:, None] * mean[None, :]
@@ -188,7 +195,7 @@ def linear_queries(
 @jit
 def linear_queries_bwd(
     grad, q, cos, sin, state, key_sum, value_mean, residual, gate, dq, dgate, dstate, dkey_sum, dvalue_sum,
-    o_strides, q_strides, r_strides, g_strides, heads, N, M, scale, eps,
+    o_strides, q_strides, r_strides, g_strides, heads, N, M, scale, scale_low, eps, eps_low,
     D: tl.constexpr, V: tl.constexpr, MAP: tl.constexpr, NORMALIZER: tl.constexpr, ROTARY: tl.constexpr,
     RESIDUAL: tl.constexpr, GATE: tl.constexpr, STEPS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
@@ -203,6 +210,7 @@ def linear_queries_bwd(
     d, c = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     even, odd, even_sum, odd_sum = _load_sums(state, key_sum, program, d, c, D, V)
     mean = tl.load(value_mean + program * V + c, c < V, other=0.0)
+    scale, eps = _sum(scale, scale_low, ACC), _sum(eps, eps_low, ACC)
     deven, dodd = tl.zeros([BLOCK_D, BLOCK_V], ACC), tl.zeros([BLOCK_D, BLOCK_V], ACC)
     deven_sum, dodd_sum, dmean = tl.zeros([BLOCK_D], ACC), tl.zeros([BLOCK_D], ACC), tl.zeros([BLOCK_V], ACC)
     for i in range(STEPS):

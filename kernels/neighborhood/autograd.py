@@ -61,7 +61,7 @@ def register(name: str, forward: Callable, backward: Callable) -> None:
     def differentiate(ctx, grad, grad_lse):
         if grad is None:
             return (None,) * 8
-        if torch.is_grad_enabled():  # somebody wants to differentiate this, too
+        if twice.wanted(grad):
             tensors = ctx.saved_tensors[:4]
             return *twice.gradients(partial(_again, ctx.arguments), grad, tensors), *(None,) * 4
         bias_grad = ctx.needs_input_grad[3]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from visionattn.kernels.common.custom_op import custom_op
 from visionattn.kernels.common.launch import in_base_2
 from visionattn.kernels.common.layout import last_contiguous
 from visionattn.kernels.common.mode import autocast
@@ -37,7 +38,7 @@ from visionattn.kernels.neighborhood.triton_kernels import (
 __all__ = ["neighborhood_attention_triton", "unsupported"]
 
 
-@torch.library.custom_op("visionattn::neighborhood_attention", mutates_args=())
+@custom_op("neighborhood_attention", rows=("q", "k", "v"), whole=("bias",))
 def _neighborhood(
     q: Tensor,
     k: Tensor,
@@ -60,7 +61,7 @@ def _neighborhood(
     return out, lse
 
 
-@torch.library.custom_op("visionattn::neighborhood_attention_backward", mutates_args=())
+@custom_op("neighborhood_attention_backward", rows=("grad", "q", "k", "v"), whole=("bias", "out", "lse"))
 def _neighborhood_backward(
     grad: Tensor,
     q: Tensor,

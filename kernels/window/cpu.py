@@ -132,9 +132,9 @@ class _WindowAttention(torch.autograd.Function):
         S = window[0] * window[1]
         tables = _tables(H, W, h, window, shift)
         way, bias, padding, *kept = ctx.saved_tensors
-        if torch.is_grad_enabled():  # somebody wants to differentiate this, too
-            tensors = (_put_back(kept, tables, ctx.shape) + way, bias, padding)
-            dqkv, dbias, dpadding = twice.gradients(partial(_again, ctx.arguments), grad, tensors)
+        if twice.wanted(grad):
+            form = partial(_again, ctx.arguments, _put_back(kept, tables, ctx.shape))
+            dqkv, dbias, dpadding = twice.gradients(form, grad, (way, bias, padding))
             return dqkv if way_grad is None else dqkv + way_grad, dbias, dpadding, *(None,) * 4
         grad = _rows(grad, None, tables.padded)
         total = grad.new_zeros(h, S, S) if ctx.needs_input_grad[1] else None
@@ -165,9 +165,9 @@ class _WindowAttention(torch.autograd.Function):
         return dqkv, None if total is None else table_gradient(total, *window), padding, None, None, None, None
 
 
-def _again(arguments, qkv: Tensor, bias: Tensor | None, padding: Tensor | None) -> Tensor:
+def _again(arguments, qkv: Tensor, way: Tensor, bias: Tensor | None, padding: Tensor | None) -> Tensor:
     window, shift, masked, scale = arguments
-    return window_attention_export(qkv, list(window), list(shift), bias, padding, masked, scale)
+    return window_attention_export(qkv + way, list(window), list(shift), bias, padding, masked, scale)
 
 
 def _put_back(kept: Sequence[Tensor], tables: _Tables, shape: torch.Size) -> Tensor:

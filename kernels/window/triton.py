@@ -18,6 +18,7 @@ from torch import Tensor
 
 from visionattn.kernels.common import twice
 from visionattn.kernels.common.checks import unsupported_count, unsupported_dtype
+from visionattn.kernels.common.custom_op import custom_op
 from visionattn.kernels.common.flops import flop_formula
 from visionattn.kernels.common.launch import in_base_2, strides
 from visionattn.kernels.common.layout import last_contiguous
@@ -88,7 +89,7 @@ def _partial(lse: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, device=lse.device, dtype=lse.dtype)
 
 
-@torch.library.custom_op("visionattn::window_attention", mutates_args=())
+@custom_op("window_attention", rows=("qkv",))
 def _window(
     qkv: Tensor,
     bias: Tensor | None,
@@ -122,7 +123,7 @@ def _(qkv, bias, padding, window_size, shift, masked, scale):
     return _empty_results(qkv)
 
 
-@torch.library.custom_op("visionattn::window_attention_backward", mutates_args=())
+@custom_op("window_attention_backward", rows=("grad", "qkv"), whole=("out", "lse"))
 def _window_backward(
     grad: Tensor,
     qkv: Tensor,
@@ -224,7 +225,7 @@ def _backward(ctx, grad, grad_lse):
     if grad is None:
         return (None,) * 7
     qkv, bias, padding, out, lse = ctx.saved_tensors
-    if torch.is_grad_enabled():  # somebody wants to differentiate this, too
+    if twice.wanted(grad):
         return *twice.gradients(partial(_again, ctx.arguments), grad, (qkv, bias, padding)), *(None,) * 4
     wanted = ctx.needs_input_grad
     grads = _window_backward(last_contiguous(grad), qkv, bias, padding, out, lse, *ctx.arguments, wanted[1])

@@ -50,11 +50,12 @@ def compiled(launch: Launch, target: GPUTarget):
 
 
 def resources(program) -> dict[str, int]:
-    """Registers per thread, spills (bytes; on AMD registers) and shared memory of a compiled kernel."""
+    """Registers per thread, spills (bytes; on AMD registers, scalar ones besides) and shared memory of a kernel."""
     shared = program.metadata.shared
     if "amdgcn" in program.asm:
-        found = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", program.asm["amdgcn"]))
-        return {"registers": int(found["vgpr_count"]), "spilled": int(found["vgpr_spill_count"]), "shared": shared}
+        found = dict(re.findall(r"\.([vs]gpr_(?:spill_)?count):\s+(\d+)", program.asm["amdgcn"]))
+        names = {"registers": "vgpr_count", "spilled": "vgpr_spill_count", "scalars_spilled": "sgpr_spill_count"}
+        return {name: int(found[key]) for name, key in names.items()} | {"shared": shared}
     name = re.search(r"\.target\s+(sm_\w+)", program.asm["ptx"])[1]
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
         ptx.write(program.asm["ptx"])
@@ -63,7 +64,18 @@ def resources(program) -> dict[str, int]:
         command = [ptxas, "-v", f"--gpu-name={name}", ptx.name, "-o", "/dev/null"]
         log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     spilled = sum(map(int, re.findall(r"(\d+) bytes spill", log)))
-    return {"registers": int(re.search(r"Used (\d+) registers", log)[1]), "spilled": spilled, "shared": shared}
+    used = int(re.search(r"Used (\d+) registers", log)[1])  # the compiler knows of no scalar registers
+    return {"registers": used, "spilled": spilled, "scalars_spilled": 0, "shared": shared}
+
+
+# Of an SM or a compute unit: its registers of 32 bits, in what steps a thread gets them, threads of a warp.
+FILES = {"cuda": (65_536, 8, 32), "hip": (131_072, 8, 64)}
+
+
+def programs(row: dict, target: GPUTarget, warps: int) -> int:
+    """How many programs the registers of one SM hold."""
+    registers, unit, threads = FILES[target.backend]
+    return registers // (-(-row["registers"] // unit) * unit * threads * warps)
 
 
 def main() -> None:
@@ -76,7 +88,8 @@ def main() -> None:
                 if (extent == "every" or launch.typical) and (not names or name in names):
                     row = {"kernel": name, "dtype": dtype, "may_spill": launch.may_spill}
                     row |= {name: value for name, value in launch.constants.items() if name != "ACC"}
-                    rows.append(row | resources(compiled(launch, TARGETS[target])))
+                    row |= resources(compiled(launch, TARGETS[target]))
+                    rows.append(row | {"programs": programs(row, TARGETS[target], row.get("num_warps", 4))})
     print(json.dumps(rows))
 
 

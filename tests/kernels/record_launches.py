@@ -4,15 +4,26 @@ python -m tests.kernels.record_launches
 """
 
 import json
+from contextlib import contextmanager
 
 import torch
 
 from tests.kernels.launch_lists import launched, modules
 from visionattn import kernels
+from visionattn.kernels.common import custom_op
 from visionattn.kernels.common.jit import LazyKernel, load_kernels
 from visionattn.kernels.common.launch import NAMES
 
 ROWS = []
+GUARDED: list[torch.device] = []
+
+
+@contextmanager
+def stand_in(x: torch.Tensor):
+    """For what makes a tensor's device the current one: a CPU has no such thing."""
+    GUARDED.append(x.device)
+    yield
+    GUARDED.pop()
 
 
 class Recorder:
@@ -27,6 +38,7 @@ class Recorder:
 
     def __getitem__(self, grid):
         def launch(*arguments, **constants):
+            assert GUARDED[-1:] == [next(a.device for a in arguments if isinstance(a, torch.Tensor))], self.name
             types = {name: type_of(value) for name, value in zip(self.parameters, arguments, strict=False)}
             ROWS.append({"kernel": self.name, "types": types})
             return self.kernel[grid](*arguments, **constants)
@@ -63,6 +75,7 @@ def step(function, *shapes, **options) -> None:
 
 def main() -> None:
     record()
+    custom_op.on_device_of = stand_in
     step(kernels.depthwise_conv2d, (1, 4, 5, 6), (4, 1, 3, 3), (4,))
     step(kernels.gated_pointwise, (1, 4, 5, 6), (4, 4, 1, 1), (4,), (1, 4, 5, 6))
     step(kernels.focused, (1, 5, 2, 16))

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from visionattn.kernels import (
     BackendError,
@@ -109,6 +110,10 @@ def test_automatic_choice_on_a_gpu(monkeypatch):
     assert choose() == "triton"
     assert choose("a dtype") == "torch"
     assert choose(prefer_triton=False) == "torch"
+    with forward_ad.dual_level():
+        assert choose() == "torch"
+    assert torch.func.vmap(lambda x: x if choose() == "torch" else -x)(torch.ones(1))
+    assert choose() == "triton"
     reasons.append("not installed")
     assert choose() == "torch"
     reasons.clear()

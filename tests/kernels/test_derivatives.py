@@ -202,6 +202,45 @@ def test_vmap_equals_a_loop(case):
     torch.testing.assert_close(torch.func.vmap(function)(*several), loop)
 
 
+@every_case
+def test_a_recorded_pass_maps_several_gradients(case):
+    """By ``is_grads_batched``, as in ``torch.autograd.functional.jacobian(vectorize=True)``."""
+    tensors, function = make(case)
+    out = function(*tensors)
+    several = torch.randn(2, *out.shape, dtype=out.dtype)
+    mapped = torch.autograd.grad(out, tensors, several, is_grads_batched=True, retain_graph=True)
+    single = torch.autograd.grad(out, tensors, several[1])
+    torch.testing.assert_close(tuple(g[1] for g in mapped), single)
+
+
+@every_case
+def test_a_recorded_pass_carries_tangents_or_says_that_it_cannot(case):
+    tensors, function = make(case)
+    out = function(*tensors)
+    check_tangents_of_the_backward_pass(out, tensors, may_refuse=True)
+
+
+def check_tangents_of_the_backward_pass(out, tensors, may_refuse=False):
+    grad, tangent = torch.randn(2, *out.shape, dtype=out.dtype, device=out.device)
+    expected = torch.autograd.grad(out, tensors, tangent, retain_graph=True)  # it is linear
+
+    def dual(grad, tangent):
+        with forward_ad.dual_level():
+            grads = torch.autograd.grad(out, tensors, forward_ad.make_dual(grad, tangent), retain_graph=True)
+            return [forward_ad.unpack_dual(g).tangent for g in grads]
+
+    def jvp(grad, tangent):
+        return torch.func.jvp(lambda g: torch.autograd.grad(out, tensors, g, retain_graph=True), (grad,), (tangent,))[1]
+
+    for moved in (dual, jvp):
+        try:
+            found = moved(grad, tangent)
+        except NotImplementedError as error:  # of one of PyTorch's own operators
+            assert may_refuse and "forward AD with aten::" in str(error)
+        else:
+            torch.testing.assert_close(tuple(found), expected)
+
+
 def test_kernels_that_are_asked_for_refuse_transforms(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # as if they could run here
     x = torch.randn(1, 16, 1, 4)

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.kernels.cases import DEVICE, DTYPES
+from tests.kernels.test_derivatives import CASES, check_tangents_of_the_backward_pass
 from visionattn.kernels import depthwise, depthwise_conv2d, gated_pointwise, use_backend
 
 # Sums in another order than the reference's. Half precision: the reference rounds between its operators, too.
@@ -20,6 +22,17 @@ DEPTHWISE = [  # B, C, H, W, K, dilation
     (1, 32, 4, 9, 3, 2),
 ]
 POINTWISE = [(2, 5, 7, 13, 6), (1, 3, 1, 1, 3), (1, 70, 3, 5, 40), (1, 32, 5, 9, 80)]  # B, C, H, W, D
+
+# Of every operator with kernels, a case of ``test_derivatives.py``.
+WITH_KERNELS = [
+    "depthwise",
+    "gated",
+    "neighborhood, biased",
+    "window, biased and padded",
+    "bilevel",
+    "linear",
+    "focused",
+]
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty", "few_steps")
 
@@ -140,6 +153,53 @@ def test_derivatives_of_first_and_second_order():
         # Not the last bit alike on every run on a GPU: cuBLAS, in the gradients of the pointwise convolution.
         assert gradcheck(function, tensors, fast_mode=True, nondet_tol=1e-12)
         assert gradgradcheck(function, tensors, fast_mode=True, nondet_tol=1e-12)
+
+
+@pytest.mark.parametrize("case", WITH_KERNELS)
+def test_a_recorded_pass_within_a_transform_leaves_the_kernels(case):
+    shapes, function = CASES[case]
+    tensors = make(*shapes, dtype=torch.float64)
+    out = function(*tensors, backend="triton")
+    check_tangents_of_the_backward_pass(out, tensors)
+    several = torch.randn(2, *out.shape, dtype=out.dtype, device=DEVICE)
+    mapped = torch.autograd.grad(out, tensors, several, is_grads_batched=True, retain_graph=True)
+    torch.testing.assert_close(tuple(g[1] for g in mapped), torch.autograd.grad(out, tensors, several[1]))
+
+
+class _OtherStrides(TorchDispatchMode):
+    """Gives operators of the library their tensors with another axis contiguous than the last."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
+        if function.namespace == "visionattn":
+            self.seen.add(str(function))
+            arguments = [turned(a) for a in arguments]
+        return function(*arguments, **(kwargs or {}))
+
+
+def turned(x):
+    if not isinstance(x, torch.Tensor) or x.dim() < 2:
+        return x
+    return x.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+@pytest.mark.parametrize("case", WITH_KERNELS)
+def test_operators_take_any_strides(case):
+    shapes, function = CASES[case]
+    tensors = make(*shapes, dtype=torch.float64)
+
+    def run():
+        out = function(*tensors, backend="triton")
+        return out, *torch.autograd.grad(out.sin().sum(), tensors)
+
+    expected = run()
+    with _OtherStrides() as mode:
+        found = run()
+    assert len(mode.seen) == (1 if case == "gated" else 2)
+    torch.testing.assert_close(found, expected)
 
 
 def test_two_backward_passes_are_bit_identical():

@@ -208,3 +208,23 @@ def test_what_is_not_covered_is_told():
     assert "dtype" in unsupported(q[..., :64].to(torch.int32), q[..., :64], None)
     assert "soft routing" in unsupported(q[..., :64], q[..., :64], weights)
     assert unsupported(q[..., :64], q[..., :64], None) is None
+
+
+@pytest.mark.parametrize("wrong", [-1, 9, 2**31 - 1, -(2**40)])
+def test_routes_to_regions_that_there_are_not_read_nothing(wrong):
+    """Nothing before or behind the tensors, which lie in the middle of NaN: the tokens are zeros."""
+    B, H, W, h, D = 1, 6, 6, 1, 16
+    memory = torch.full((3 * B * H * W * h * D,), torch.nan, device=DEVICE)
+    middle = torch.randn(3, B, H, W, h, D, device=DEVICE)
+    q, k, v = (memory.clone()[q.numel() :][: q.numel()].view(q.shape).copy_(q).requires_grad_() for q in middle)
+    routes = torch.arange(9, device=DEVICE)[None, :, None].repeat(1, 1, 2)
+    routes[..., 1] = wrong
+    out = bilevel_attention_triton(q, k, v, routes, (2, 2), (2, 2), 0.25)
+    padded = [t.detach().clone() for t in (q, k, v)]
+    tokens = [t.unflatten(2, (3, 2)).unflatten(1, (3, 2)).transpose(2, 3).flatten(3, 4).flatten(1, 2) for t in padded]
+    q_rows, keys, values = (t[:, :, :, 0] for t in tokens)  # B R T D
+    keys, values = (torch.cat([t, torch.zeros_like(t)], 2) for t in (keys, values))
+    expected = (0.25 * q_rows @ keys.transpose(2, 3)).softmax(-1) @ values
+    expected = expected.unflatten(2, (2, 2)).unflatten(1, (3, 3)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    torch.testing.assert_close(out[:, :, :, 0], expected.reshape(B, H, W, D), rtol=1e-5, atol=1e-6)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), (q, k, v)))

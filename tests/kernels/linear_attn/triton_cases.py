@@ -206,10 +206,21 @@ def test_what_is_not_covered_is_told():
 
     form = Form("relu", "relu", "sum", 1.0, 1e-6, False, False)
     q = torch.empty(1, 4, 1, 144, device=DEVICE)
-    assert "head dims are 144" in unsupported(q, q, form)
-    assert "up to 64" in unsupported(q[..., :96], q[..., :96], form)
-    assert unsupported(q[..., :96].half(), q[..., :96].half(), form) is None
-    assert "head dims are 3" in unsupported(q[..., :3], q[..., :4], form)
-    assert "dtype" in unsupported(q[..., :4], q[..., :4].to(torch.int32), form)
-    assert "causal" in unsupported(q[..., :4], q[..., :4], form._replace(causal=True))
-    assert unsupported(q[..., :4], q[..., :5], form) is None
+    assert "head dims are 144" in unsupported(q, q, q, form)
+    assert "up to 64" in unsupported(q[..., :96], q[..., :96], q[..., :96], form)
+    assert unsupported(q[..., :96].half(), q[..., :96].half(), q[..., :96].half(), form) is None
+    sharp = form._replace(query_map="focused")  # which is applied before, in float32
+    assert "up to 64" in unsupported(q[..., :96].half(), q[..., :96].half(), q[..., :96].half(), sharp)
+    assert unsupported(q[..., :64].half(), q[..., :64].half(), q[..., :64].half(), sharp) is None
+    assert "head dims are 3" in unsupported(q[..., :3], q[..., :3], q[..., :4], form)
+    assert "dtype" in unsupported(q[..., :4], q[..., :4], q[..., :4].to(torch.int32), form)
+    assert "causal" in unsupported(q[..., :4], q[..., :4], q[..., :4], form._replace(causal=True))
+    assert unsupported(q[..., :4], q[..., :4], q[..., :5], form) is None
+
+
+@pytest.mark.parametrize("normalizer", ["sum", "magnitude"])
+def test_numbers_of_float64_calls_are_not_rounded_to_float32(normalizer):
+    q, k, v = make(20, dtype=torch.float64)
+    # Divisors of the size of eps, which then decides how every digit comes out.
+    tensors = [(t.detach() * size).requires_grad_() for t, size in ((q, 1e-4), (k, 1e-4), (v, 1.0))]
+    compare(tensors, dict(feature_map="relu", normalizer=normalizer, scale=0.1, eps=1e-7), rtol=1e-12, atol=1e-14)
