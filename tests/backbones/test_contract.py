@@ -132,6 +132,11 @@ def reductions(model) -> list[int]:
 
 every_model = pytest.mark.parametrize("name", visionattn.list_models())
 each_family = pytest.mark.parametrize("name", SMALL)
+# Their networks are those of inline_cswin_t, ravlt_t and slab_pvt_t with another operator: what takes seconds is slow.
+TWINS = {"cswin_tiny_224", "mavit_t", "nalaformer_xt", "pola_pvt_t"}
+each_network = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in TWINS else name for name in SMALL]
+)
 
 
 def test_every_module_has_a_small_configuration():
@@ -437,7 +442,7 @@ def test_layer_decay_groups(name):
     assert len(undecayed) >= sum(p.ndim <= 1 for p in model.parameters())
 
 
-@each_family
+@each_network
 def test_compiles_as_one_graph_forward_and_backward(name):
     model = small(name, drop_path_rate=0.0)
     twin = copy.deepcopy(model)
@@ -458,7 +463,7 @@ def test_inductor_computes_the_same(name):
         torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x), rtol=1e-4, atol=1e-5)
 
 
-@each_family
+@each_network
 def test_exports_for_any_batch(name):
     model = small(name).eval()
     program = torch.export.export(model, (images(),), dynamic_shapes={"x": {0: torch.export.Dim("batch", max=8)}})
@@ -468,7 +473,7 @@ def test_exports_for_any_batch(name):
         torch.testing.assert_close(exported(x), model(x))
 
 
-@each_family
+@each_network
 def test_exports_for_any_image_size(name):
     model = small(name).eval()
     smallest = EXPORTED_FROM.get(name, 33)
@@ -481,7 +486,7 @@ def test_exports_for_any_image_size(name):
         torch.testing.assert_close(exported(x), model(x), rtol=1e-4, atol=1e-5)
 
 
-@each_family
+@each_network
 def test_onnx_computes_the_same(name, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     model = small(name).eval()
@@ -494,7 +499,7 @@ def test_onnx_computes_the_same(name, tmp_path):
     torch.testing.assert_close(torch.from_numpy(output), model(x).detach(), rtol=1e-4, atol=1e-5)
 
 
-@each_family
+@each_network
 def test_torchscript(name):
     with timm.layers.set_scriptable(True):
         model = small(name, scriptable=True).eval()

@@ -229,7 +229,7 @@ class CLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         config = self.config_init[self.subcommand]
-        self.out = config["out"] or free_folder(self.model.hparams.name)
+        self.out = config["out"] or config["trainer"].get("default_root_dir") or free_folder(self.model.hparams.name)
         automatic = config["trainer"].get("logger") in (None, True)
         callbacks = list(config["trainer"].get("callbacks") or [])
         if self.subcommand == "fit" and not config["trainer"].get("fast_dev_run"):

@@ -53,6 +53,7 @@ class Summary(Callback):
         from visionattn.train.figures import draw_confusion, draw_curves, draw_predictions  # Matplotlib takes a second
 
         folder, card = Path(trainer.default_root_dir), pl_module.card
+        folder.mkdir(parents=True, exist_ok=True)  # with loggers of the user's own nothing may have been there
         log = folder / "metrics.csv"
         if log.exists():
             unit = {"val/acc1": "top-1 accuracy, %"}.get(pl_module.monitor, f"{pl_module.label}, %")
