@@ -18,6 +18,7 @@ from timm.models import group_parameters, save_for_hf
 from timm.optim import create_optimizer_v2
 
 import visionattn
+from visionattn.benchmark.reduced import reduce
 from visionattn.frames.isotropic import Isotropic
 
 # One registered name of each family, with arguments that make it small without changing its kind.
@@ -406,6 +407,18 @@ def test_other_dtypes(name, dtype):
     expected = model(images())
     output = model.to(dtype)(images().to(dtype))
     assert output.dtype == dtype and output.shape == expected.shape and output.isfinite().all()
+
+
+@each_family
+def test_linear_layers_in_int8(name):
+    """As PyTorch quantizes a network of its own."""
+    model = small(name).eval()
+    reduced = reduce(copy.deepcopy(model), "int8", "infer")
+    assert sum("quantized" in type(module).__module__ for module in reduced.modules()) > 0
+    x = images()
+    with torch.no_grad():
+        expected, got = model(x), reduced(x)
+    assert 0 < (got - expected).norm() < 0.5 * expected.norm()
 
 
 @each_family

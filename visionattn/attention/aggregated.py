@@ -53,7 +53,7 @@ class _Cosine(nn.Module):
 
     def position_bias(self, height: int, width: int, rows: int, columns: int) -> Tensor:
         """The bias of every position of a map towards every one of the map pooled to ``rows``. [h, N, P]"""
-        like = self.cpb_fc1.weight
+        like = self.temperature  # of a linear layer in int8 the weight is no tensor
         y, at_y = self._distances(height, rows, like)
         x, at_x = self._distances(width, columns, like)
         pairs = torch.stack([y[:, None].expand(-1, x.shape[0]), x[None].expand(y.shape[0], -1)], -1)

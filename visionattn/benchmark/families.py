@@ -109,7 +109,8 @@ def run_families(grid: Grid, out: Path, command: str) -> int:
                 next((r for r in rows if (r["mode"], r["candidate"]) == (run, who)), None) for who in ("plain", ours)
             )
             if not (plain and ours and plain["median_ms"] and ours["median_ms"]):
-                reason = reason or next((r["reason"] for r in rows if r["mode"] == mode and r["reason"]), "no result")
+                failing = (r["reason"] for r in rows if r["mode"] == run and r["reason"])
+                reason = reason or next(failing, "no result")
                 failed += 1
                 continue
             done["/".join(map(str, (*cell, mode)))] = {
