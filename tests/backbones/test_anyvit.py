@@ -54,6 +54,8 @@ MIXERS = {
     "cross_shaped": ("CrossShapedAttention", dict(split_size=2, input_size=(4, 4)), 0.85),
     "spatial_reduction": ("SpatialReductionAttention", dict(sr_ratio=2), 0.8),
     "focused_positions": ("FocusedLinearAttention", dict(input_size=(4, 4)), 0.85),
+    "aggregated": ("AggregatedAttention", dict(sr_ratio=2, trained_size=4), 0.85),
+    "length-scaled": ("LengthScaledAttention", dict(trained_size=4), 0.8),
     "polarities": ("PolarityAwareAttention", dict(input_size=(4, 4)), 0.85),
     "simplified": ("SimplifiedLinearAttention", dict(input_size=(4, 4)), 0.88),
     "inline_local": ("InLineAttention", dict(input_size=(4, 4)), 0.88),

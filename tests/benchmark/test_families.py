@@ -105,7 +105,7 @@ def test_ours_in_fewer_bits_is_beside_the_authors_float32(tmp_path, monkeypatch)
     monkeypatch.setattr(families, "_measure", measure)
     grid = Grid(("van_b0",), ("native",), threads=(1,), batches=(1,), modes=("infer",), reduced=("bfloat16", "int8"))
     assert run_families(grid, tmp_path / "table.json", "command") == 0
-    assert "| `van_b0` | 3.00 | 1.50 | 2.00 |" in (tmp_path / "table.md").read_text()  # bfloat16, infer, int8
+    assert "| `van_b0` | 1.50 | 3.00 | 2.00 |" in (tmp_path / "table.md").read_text()  # infer, bfloat16, int8
 
 
 @pytest.mark.parametrize("candidate, bound", [("bfloat16", 0.05), ("int8", 0.5)])

@@ -41,12 +41,11 @@ def test_a_run_draws_its_curves_and_its_mistakes(run_dir):
         assert min(Image.open(run_dir / name).size) > 200
 
 
-@pytest.mark.parametrize("logger", ["true", "false"])
-def test_a_run_keeps_all_in_its_folder_whatever_names_its_folder(tmp_path, logger, tiny, monkeypatch):
-    """Lightning's own argument, of a folder that is not there yet, with loggers and without."""
+def test_a_run_keeps_all_in_its_folder_whatever_names_its_folder(tmp_path, tiny, monkeypatch):
+    """Lightning's own argument, of a folder that is not there yet."""
     monkeypatch.chdir(tmp_path)
     flags = ["--data=Digits", *tiny, "--trainer.limit_train_batches=1", "--trainer.max_epochs=1"]
-    run(["fit", *flags, "--trainer.default_root_dir=new/run", f"--trainer.logger={logger}"])
+    run(["fit", *flags, "--trainer.default_root_dir=new/run"])
     found = {path.name for path in (tmp_path / "new" / "run").iterdir()}
     assert {"checkpoints", "confusion.png", "predictions.png"} <= found
     assert [path.name for path in tmp_path.iterdir()] == ["new"]

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from visionattn.benchmark.reduced import REDUCED
 from visionattn.benchmark.report import describe, write_atomic
 from visionattn.benchmark.runner import MODES
 
@@ -162,8 +163,10 @@ def _measure(cell: tuple[str, int, int, str], modes: Sequence[str], grid: Grid) 
 def markdown(header: dict, cells: dict[str, dict]) -> str:
     """The ratios, a row for each model and a column for each way to run it."""
     found = {tuple(key.split("/")): value["ratio"] for key, value in cells.items()}
+    order = [*MODES, *REDUCED]
     columns = sorted(
-        {(c, t, b, mode) for c, t, b, _, mode in found}, key=lambda key: (key[3], int(key[2]), key[1], key[0])
+        {(c, t, b, mode) for c, t, b, _, mode in found},
+        key=lambda key: (order.index(key[3]), int(key[2]), int(key[1]), key[0] != "native"),
     )
     models = list(dict.fromkeys(key[3] for key in found))
     names = {"native": header["capability"], "avx2": "AVX2"}
