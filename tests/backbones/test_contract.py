@@ -134,8 +134,8 @@ def reductions(model) -> list[int]:
 
 every_model = pytest.mark.parametrize("name", visionattn.list_models())
 each_family = pytest.mark.parametrize("name", SMALL)
-# Their networks are those of inline_cswin_t, ravlt_t and slab_pvt_t with another operator: what takes seconds is slow.
-TWINS = {"cswin_tiny_224", "mavit_t", "nalaformer_xt", "pola_pvt_t"}
+# Their networks are those of another row with another operator or norm: what takes seconds is slow.
+TWINS = {"cswin_tiny_224", "dinat_small", "mavit_t", "nalaformer_xt", "pola_pvt_t", "slab_pvt_t"}
 each_network = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name in TWINS else name for name in SMALL]
 )
