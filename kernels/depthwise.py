@@ -67,10 +67,10 @@ def depthwise_conv2d_torch(x: Tensor, weight: Tensor, bias: Tensor | None = None
     if x.device.type != "cpu" or exporting():  # an exported graph holds one convolution node
         return depthwise_conv2d_reference(x, weight, bias, dilation)
     x, weight, bias = autocast(x, weight, bias)
-    if compiling():
-        return _depthwise_cpu(x, weight, bias, dilation)
     trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    if trained and _slow_gradient(x, weight, dilation) and not forward_mode():
+    if compiling():
+        out = _depthwise_cpu(x, weight, bias, dilation)
+    elif trained and _slow_gradient(x, weight, dilation) and not forward_mode():
         out = _DepthwiseCPU.apply(x, weight, bias, dilation)
     else:
         out = _convolve(x, weight, bias, dilation)
