@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from visionattn.attention import HiLoAttention
 from visionattn.frames.backbone import Pyramid, Stage, build_backbone
-from visionattn.layers.blocks import DepthwiseConv, Mlp, ScaledResidual, activated, pad_to_multiple
+from visionattn.layers.blocks import DepthwiseMlp, ScaledResidual, pad_to_multiple
 from visionattn.layers.token_merging import DeformableTokenMerging
 from visionattn.layers.tracing import opaque
 from visionattn.weights import pretrained_cfgs
@@ -25,19 +25,6 @@ from visionattn.weights.rename import rename_checkpoint
 __all__ = ["LITv2"]
 
 EPS = 1e-5  # of every norm
-
-
-class DepthwiseMlp(Mlp):
-    """``fc2(gelu(dwconv(fc1(x))))`` with a depthwise 3x3 in the middle, where position comes from; [B, H, W, dim]."""
-
-    def __init__(self, dim: int, hidden: int, drop: float = 0.0, device=None, dtype=None) -> None:
-        super().__init__(dim, hidden, drop, device=device, dtype=dtype)
-        self.dwconv = DepthwiseConv(hidden, 3, device=device, dtype=dtype)
-
-    def _mlp(self, x: Tensor) -> Tensor:
-        x = self.fc1(x)
-        x = self.act(self.dwconv(x)) if torch.jit.is_scripting() else activated(self.dwconv, self.act, x)
-        return self.drop(self.fc2(self.drop(x)))
 
 
 class Block(nn.Module):

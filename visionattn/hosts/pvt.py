@@ -19,7 +19,7 @@ from visionattn.attention.softmax import SoftmaxMixer
 from visionattn.frames.backbone import Pyramid, Stage
 from visionattn.frames.isotropic import TokenHead
 from visionattn.hosts.parts import Block, Host, MixerArgs, StridedConv, TokenBlock, mixers, norm_factory
-from visionattn.layers.blocks import DepthwiseConv, Linear, Mlp, Unused, activated, in_slices, resize_table
+from visionattn.layers.blocks import DepthwiseMlp, Mlp, Unused, resize_table
 from visionattn.layers.checks import check_images
 from visionattn.layers.tracing import opaque
 
@@ -93,35 +93,6 @@ class TokenStage(nn.Module):
             else:
                 x = block(x, size)
         return x, size
-
-
-class ConvMlp(nn.Module):
-    """``fc2(gelu(dwconv(fc1(x))))`` with a depthwise 3x3 in the middle, on [B, H, W, dim]."""
-
-    def __init__(self, dim: int, hidden: int, drop: float = 0.0, device=None, dtype=None) -> None:
-        dd = {"device": device, "dtype": dtype}
-        super().__init__()
-        self.hidden = hidden
-        self.fc1 = Linear(dim, hidden, **dd)
-        self.dwconv = DepthwiseConv(hidden, 3, **dd)
-        self.act = nn.GELU()
-        self.fc2 = Linear(hidden, dim, **dd)
-        self.drop = nn.Dropout(drop)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
-            return self._mlp(x)
-        else:
-            return self._sliced(x)
-
-    def _mlp(self, x: Tensor) -> Tensor:
-        x = self.fc1(x)
-        x = self.act(self.dwconv(x)) if torch.jit.is_scripting() else activated(self.dwconv, self.act, x)
-        return self.drop(self.fc2(self.drop(x)))
-
-    @torch.jit.unused
-    def _sliced(self, x: Tensor) -> Tensor:
-        return in_slices(self._mlp, x, self.hidden, x.shape[-1])
 
 
 class PVT(Host, Pyramid):
@@ -200,7 +171,7 @@ class PVT(Host, Pyramid):
         told = ("input_size", "num_prefix_tokens") if self.class_token else ("input_size",)
         made = mixers(mixer, mixer_depths, mixer_args, depths, told)
         rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
-        mlp_class = ConvMlp if self.overlapping else Mlp
+        mlp_class = DepthwiseMlp if self.overlapping else Mlp
         size = to_2tuple(img_size)
         stages, stem = [], nn.Identity()
         for i, (dim, heads, ratio, sr) in enumerate(zip(embed_dims, num_heads, mlp_ratios, sr_ratios, strict=True)):

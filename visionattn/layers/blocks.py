@@ -26,6 +26,7 @@ from visionattn.layers.tracing import opaque
 
 __all__ = [
     "DepthwiseConv",
+    "DepthwiseMlp",
     "Linear",
     "Mlp",
     "PreNormBlock",
@@ -217,6 +218,19 @@ class Mlp(nn.Module):
     @torch.jit.unused
     def _sliced(self, x: Tensor) -> Tensor:
         return in_slices(self._mlp, x, self.hidden, x.shape[-1])
+
+
+class DepthwiseMlp(Mlp):
+    """``fc2(gelu(dwconv(fc1(x))))`` with a depthwise 3x3 in the middle, on [B, H, W, dim]. Arguments as of ``Mlp``."""
+
+    def __init__(self, dim: int, hidden: int, drop: float = 0.0, device=None, dtype=None) -> None:
+        super().__init__(dim, hidden, drop, device=device, dtype=dtype)
+        self.dwconv = DepthwiseConv(hidden, 3, device=device, dtype=dtype)
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        x = self.fc1(x)
+        x = self.act(self.dwconv(x)) if torch.jit.is_scripting() else activated(self.dwconv, self.act, x)
+        return self.drop(self.fc2(self.drop(x)))
 
 
 class ScaledResidual(nn.Module):
